@@ -1,0 +1,120 @@
+"""Respiratory medicine: pack-years of smoking and the CURB-65 score of pneumonia."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from random import Random
+
+from medcot.clinic.family import Family, Params, Problem, pick, write_tally
+
+
+def compute_pack_years(first_daily: int, first_years: int, then_daily: int, then_years: int) -> int:
+    """Return pack-years of two periods of smoking: packs of 20 a day × years, added up.
+
+    NCI Dictionary of Cancer Terms, "pack year". The cigarette-years are a multiple of 20 in each period.
+    """
+    first, then = first_daily * first_years, then_daily * then_years
+    assert first % 20 == 0 and then % 20 == 0, (first, then)
+    return (first + then) // 20
+
+
+def list_curb65(
+    confusion: int, urea: int, respiratory_rate: int, systolic: int, diastolic: int, age: int
+) -> list[tuple[str, int]]:
+    """Return the five items of CURB-65 with their points.
+
+    Lim WS et al. Defining community acquired pneumonia severity on presentation to hospital. Thorax 2003;58:377-382.
+    One point each: new confusion, urea above 7 mmol/L, respiratory rate 30 or more, systolic below 90 or diastolic 60
+    or less, age 65 or more.
+
+    Args:
+        confusion: 1 where present, else 0.
+        urea: in mmol/L.
+        respiratory_rate: breaths a minute.
+        systolic: in mmHg.
+        diastolic: in mmHg.
+        age: in years.
+    """
+    return [
+        ("Confusion", confusion),
+        ("Urea", int(urea > 7)),
+        ("Breathing", int(respiratory_rate >= 30)),
+        ("Pressure", int(systolic < 90 or diastolic <= 60)),
+        ("Age", int(age >= 65)),
+    ]
+
+
+_PACK_WORDINGS = (
+    "Smoked {a} cigarettes a day for {x} years, then {b} a day for {y} years. Pack-years?",
+    "A man smoked {a} a day for {x} years and {b} a day for {y} years. How many pack-years?",
+    "Smoking history: {a} cigarettes daily for {x} years, later {b} daily for {y} years. Give the pack-years.",
+    "How many pack-years are {a} cigarettes a day over {x} years plus {b} a day over {y} years?",
+)
+_PACKS = {10: "half a pack", 20: "1 pack", 40: "2 packs"}
+
+
+def _list_packs() -> Iterator[Params]:
+    values = product(_PACKS, range(2, 21), _PACKS, range(2, 21))
+    return ((a, x, b, y) for a, x, b, y in values if a != b and a * x % 20 == 0 and b * y % 20 == 0)
+
+
+def _write_period(daily: int, years: int) -> str:
+    total = daily * years // 20
+    return f"{_PACKS[daily]}: {years}/2={total}." if daily == 10 else f"{_PACKS[daily]}: {daily // 20}×{years}={total}."
+
+
+def _write_packs(params: Params, rng: Random) -> Problem:
+    first_daily, first_years, then_daily, then_years = params
+    first, then = first_daily * first_years // 20, then_daily * then_years // 20
+    total = compute_pack_years(first_daily, first_years, then_daily, then_years)
+    steps = f"{_write_period(first_daily, first_years)} Then {_write_period(then_daily, then_years)}"
+    return Problem(
+        pick(rng, _PACK_WORDINGS, a=first_daily, x=first_years, b=then_daily, y=then_years),
+        f"{steps[0].upper()}{steps[1:]} {first}+{then}={total}.",
+        f"{total} pack-years",
+    )
+
+
+PACK_YEARS = Family(
+    name="pack_years",
+    field="respiratory",
+    title="Pack-years of two periods of smoking",
+    source="NCI Dictionary of Cancer Terms: pack year",
+    space=_list_packs,
+    write=_write_packs,
+)
+
+_CURB_WORDINGS = (
+    "Pneumonia: {c}, urea {u} mmol/L, breathing {r}/min, blood pressure {s}/{d}, age {a}. CURB-65 score?",
+    "What is the CURB-65 score: {c}, urea {u}, respiratory rate {r}, blood pressure {s}/{d}, age {a}?",
+    "A patient with pneumonia is {c}; urea {u} mmol/L, rate {r}/min, pressure {s}/{d}, age {a}. Give CURB-65.",
+    "Find CURB-65 for a {c} patient, urea {u} mmol/L, {r} breaths/min, {s}/{d} mmHg, {a} years old.",
+)
+# A few values on both sides of each threshold, those at the threshold itself among them.
+_UREA = (4, 5, 7, 8, 9, 12)
+_RATES = (16, 22, 28, 30, 34, 38)
+_PRESSURES = ((84, 64), (88, 72), (105, 60), (112, 54), (90, 65), (118, 76), (134, 82), (150, 90))
+_AGES = (34, 41, 52, 58, 63, 65, 69, 74, 78, 86)
+
+
+def _list_curb() -> Iterator[Params]:
+    values = product(range(2), _UREA, _RATES, _PRESSURES, _AGES)
+    return ((c, u, r, s, d, a) for c, u, r, (s, d), a in values)
+
+
+def _write_curb(params: Params, rng: Random) -> Problem:
+    confusion, urea, rate, systolic, diastolic, age = params
+    items = list_curb65(*params)
+    words = {"c": "confused" if confusion else "alert", "u": urea, "r": rate, "s": systolic, "d": diastolic, "a": age}
+    return Problem(pick(rng, _CURB_WORDINGS, **words), write_tally(items), str(sum(points for _, points in items)))
+
+
+CURB65 = Family(
+    name="curb65",
+    field="respiratory",
+    title="CURB-65 score of pneumonia",
+    source="Lim WS et al. Thorax 2003;58:377-382",
+    space=_list_curb,
+    write=_write_curb,
+)

@@ -1,0 +1,73 @@
+"""Cross-entropy over the trained tokens only, a chunk at a time, without ever holding all logits.
+
+With a vocabulary of 49k to 152k the logits of a batch are its largest tensor, and the plain path makes three copies of
+them in float32, for prompt tokens too. Here the hidden states of the tokens that carry loss are gathered first; then
+each chunk's logits are made, turned into loss and gradient while they are in cache, and thrown away. The head is
+frozen, so the only gradient is that of the hidden states; it is computed in the forward pass, as Liger and Cut
+Cross-Entropy do (Hsu et al. 2024, arXiv:2410.10989; Wijmans et al. 2024, arXiv:2411.09009), and scaled in the backward.
+
+With ``p = softmax(h Wᵀ)``: ``loss = Σ (logsumexp - logit of target)`` and ``dh = (p - onehot(target)) W``.
+
+Axes: T trained tokens, B tokens of a chunk, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# 128 rows of a 49k vocabulary are 25 MB in float32: they stay in the last-level cache between the passes; 64 rows make the
+# products too thin (418 ms against 299 ms for 640 tokens on two Zen 4 cores).
+CHUNK_TOKENS_CPU = 128
+# A GPU wants large products; 1,024 rows of a 128k vocabulary are 0.26 GB of 16-bit logits.
+CHUNK_TOKENS_GPU = 1024
+
+
+class TokenLoss(torch.autograd.Function):
+    """Summed cross-entropy of every given token under a frozen head."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, chunk_tokens: int) -> Tensor:
+        """Return the float32 sum; keeps the finished gradient, (T, D)."""
+        total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
+        d_hidden_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
+        for start in range(0, hidden_TD.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            loss, p_BV = _softmax_and_loss(hidden_TD[rows] @ head_VD.T, targets_T[rows])
+            total += loss
+            if d_hidden_TD is not None:
+                p_BV[torch.arange(len(p_BV), device=p_BV.device), targets_T[rows]] -= 1
+                torch.mm(p_BV.to(hidden_TD.dtype), head_VD, out=d_hidden_TD[rows])
+        ctx.save_for_backward(d_hidden_TD)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        """Return dh times the gradient of the sum."""
+        (d_hidden_TD,) = ctx.saved_tensors
+        return d_hidden_TD * d_loss.to(d_hidden_TD.dtype), None, None, None
+
+
+def _softmax_and_loss(logits_BV: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the chunk's summed loss and its softmax, float32, one buffer worked in place."""
+    logits32_BV = logits_BV.float()
+    target_logits_B1 = logits32_BV.gather(1, targets_B[:, None])
+    max_B1 = logits32_BV.amax(-1, keepdim=True)
+    exp_BV = logits32_BV.sub_(max_B1).exp_()
+    sum_B1 = exp_BV.sum(-1, keepdim=True)
+    loss = (sum_B1.log() + max_B1 - target_logits_B1).sum()
+    return loss, exp_BV.div_(sum_B1)
+
+
+def token_loss(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """Summed float32 cross-entropy of hidden states against targets, all of which carry loss.
+
+    Args:
+        hidden_TD: final hidden states that predict each target, already gathered.
+        head_VD: the frozen output embedding.
+        targets_T: token ids, none of them -100.
+    """
+    chunk_tokens = CHUNK_TOKENS_CPU if hidden_TD.device.type == "cpu" else CHUNK_TOKENS_GPU
+    return TokenLoss.apply(hidden_TD, head_VD, targets_T, chunk_tokens)

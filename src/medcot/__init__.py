@@ -20,7 +20,7 @@ _PUBLIC = {
     "MedcotError": "medcot.errors",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - the keys are the names
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

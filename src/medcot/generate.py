@@ -176,7 +176,7 @@ def _decode_plain(
     eos_ids: set[int],
     on_token: OnToken | None,
 ) -> list[Generated]:
-    """transformers' own generate, left-padded."""
+    """Transformers' own generate, left-padded."""
     from transformers import GenerationConfig
 
     longest = max(len(prompt) for prompt in prompts)

@@ -12,7 +12,7 @@ Shorthands, so that ``medcot run data=my.jsonl`` reads as it is meant: a plain s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
@@ -156,6 +156,7 @@ class EvaluateStage(Stage):
     """The graded questions asked before and after, greedily."""
 
     source: str | None = "builtin:clinic[:100]"  # null: no graded evaluation
+    instruction: str | None = None  # put behind each graded question, for models not trained on the answer's form
     max_new_tokens: PositiveInt = 200
     batch_size: PositiveInt = 100
 
@@ -234,20 +235,25 @@ def list_recipes() -> dict[str, str]:
     return {name: found[name] for name in order if name in found}
 
 
-def load_recipe(source: str | Path = "default", overrides: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
+def load_recipe(
+    source: str | Path | Recipe = "default", overrides: Iterable[str] = (), stages: Mapping[str, Any] | None = None
+) -> Recipe:
     """Read a recipe file or a shipped recipe by name, apply overrides, and check the whole.
 
     Args:
-        source: path of a YAML file, or the name of a shipped recipe.
-        overrides: ``"key.sub=value"`` strings (values read as YAML), or a mapping of dotted keys to values.
+        source: path of a YAML file, the name of a shipped recipe, or a recipe to start from.
+        overrides: ``"key.sub=value"`` strings; values are read as YAML.
+        stages: values by dotted key, applied before the overrides; a mapping is merged into its stage.
 
     Raises:
         RecipeError: unreadable file, unknown key, or a value that breaks its rule.
     """
-    values = _read_recipe(source)
+    values = source.model_dump(mode="json") if isinstance(source, Recipe) else _read_recipe(source)
+    for key, value in _flatten(stages or {}):
+        _set_dotted(values, key, value)
     for key, value in _parse_overrides(overrides).items():
         _set_dotted(values, key, value)
-    return build_recipe(values, where=str(source))
+    return build_recipe(values, where="the recipe" if isinstance(source, Recipe) else str(source))
 
 
 def build_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
@@ -303,9 +309,15 @@ def _read_recipe(source: str | Path) -> dict[str, Any]:
     return {"name": default_name, **values}
 
 
-def _parse_overrides(overrides: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(overrides, Mapping):
-        return dict(overrides)
+def _flatten(stages: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in stages.items():
+        if isinstance(value, Mapping) and not (prefix == "data." and key == "columns"):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value) if isinstance(value, Path) else value
+
+
+def _parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     parsed = {}
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -371,7 +383,9 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
         )
     rule = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return RecipeError(f"{path or where}: {rule}{more}", "The recipe contradicts itself", "Change one of the values")
+        return RecipeError(
+            f"{path or where}: {rule}{more}", "The recipe contradicts itself", "Change one of the values"
+        )
     return RecipeError(
         f"'{path}' in {where} is {first['input']!r}{more}", rule, f"Set {path} to a value that fits, or leave it out"
     )

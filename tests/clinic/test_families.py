@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import subprocess
 import sys
@@ -12,13 +13,14 @@ from random import Random
 import pytest
 
 from medcot.clinic import FAMILIES, Family, generate, list_params, split_of
-from medcot.clinic.family import hash_params, write_product, write_tally
+from medcot.clinic.family import hash_params, write_product, write_stepwise, write_tally
 from medcot.errors import DataError
 from medcot.records import AnswerKind, Example
 
 NAMES = sorted(FAMILIES)
 _NUMBER = r"\d+(?:\.\d+)?"
 _STEP = re.compile(rf"({_NUMBER})([-+×/])({_NUMBER})=({_NUMBER})")
+_COMPARISON = re.compile(rf"({_NUMBER})(<=|>=|<|>)({_NUMBER})")
 _TALLY = re.compile(r" ([-+]\d)=(-?\d+)\.")
 
 
@@ -180,7 +182,52 @@ def test_every_step_of_the_reasoning_is_true(name: str) -> None:
             a, b = Fraction(left), Fraction(right)
             true = {"+": a + b, "-": a - b, "×": a * b, "/": a / b if b else None}[sign]
             assert true == Fraction(result), reasoning
+        _check_comparisons(reasoning)
         _check_tally(reasoning)
+
+
+def _check_comparisons(reasoning: str) -> None:
+    """Check every ``4<=7``: the sign between two numbers holds."""
+    signs = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+    for left, sign, right in _COMPARISON.findall(reasoning):
+        assert signs[sign](Fraction(left), Fraction(right)), reasoning
+
+
+@pytest.mark.parametrize("text", ["Urea 8<=7: +0=0.", "Rate 30<30: +0=0.", "Age 64>=65: +1=1."])
+def test_a_false_comparison_is_noticed(text: str) -> None:
+    with pytest.raises(AssertionError):
+        _check_comparisons(text)
+
+
+def test_curb65_points_follow_the_comparison_next_to_them() -> None:
+    scoring = {"Urea": (">", "7"), "Rate": (">=", "30"), "Age": (">=", "65")}
+    for params in _some(FAMILIES["curb65"], 600):
+        reasoning = FAMILIES["curb65"].write(params, Random(0)).reasoning
+        items = re.findall(r"(Urea|Rate|Age) \d+(<=|>=|<|>)(\d+): \+([01])=", reasoning)
+        assert [name for name, *_ in items] == list(scoring)
+        for name, sign, threshold, points in items:
+            assert threshold == scoring[name][1]
+            assert points == ("1" if sign == scoring[name][0] else "0")
+        systolic, diastolic, low, points = re.findall(r"BP (\d+)/(\d+) (low|not low): \+([01])=", reasoning)[0]
+        assert (low == "low") == (points == "1") == (int(systolic) < 90 or int(diastolic) <= 60)
+
+
+@pytest.mark.parametrize("name", ["glasgow_fall", "mcisaac"])
+def test_findings_are_repeated_from_the_question_before_their_points(name: str) -> None:
+    for params in _some(FAMILIES[name], 300):
+        problem = FAMILIES[name].write(params, Random(0))
+        findings = re.findall(r"([A-Z][a-z ]+) \+?\d[.,=]", problem.reasoning)
+        assert len(findings) == {"glasgow_fall": 3, "mcisaac": 4}[name]
+        positions = [problem.question.index(finding.lower()) for finding in findings]
+        assert positions == sorted(positions)
+
+
+def test_pack_years_turn_cigarettes_a_day_the_same_way_always() -> None:
+    steps = {"10": "/2", "20": "×1", "40": "×2"}
+    for params in _some(FAMILIES["pack_years"], 600):
+        reasoning = FAMILIES["pack_years"].write(params, Random(0)).reasoning
+        periods = re.findall(r"(\d+) a day: \d+(/2|×1|×2)=", reasoning)
+        assert len(periods) == 2 and all(steps[daily] == step for daily, step in periods)
 
 
 def _check_tally(reasoning: str) -> None:
@@ -194,8 +241,13 @@ def _check_tally(reasoning: str) -> None:
         assert total == int(result), reasoning
 
 
-def test_product_and_tally_are_written_step_by_step() -> None:
+def test_products_sums_and_tallies_are_written_step_by_step() -> None:
     assert write_product(37, 5) == "37×5: 30×5=150, 7×5=35, 150+35=185."
     assert write_product(40, 5) == "40×5=200."
     assert write_product(7, 5) == "7×5=35."
+    assert write_stepwise(92, "-", 59) == "92-50=42, 42-9=33."
+    assert write_stepwise(137, "-", 109) == "137-100=37, 37-9=28."
+    assert write_stepwise(45, "-", 20) == "45-20=25."
+    assert write_stepwise(388, "+", 112) == "388+110=498, 498+2=500."
+    assert write_stepwise(2, "+", 16) == "2+16=18."
     assert write_tally([("Fever", 1), ("Age 50:", -1)]) == "Fever 1. Age 50: -1=0."

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 from random import Random
 
-from medcot.clinic.family import Family, Params, Problem, pick
+from medcot.clinic.family import Family, Params, Problem, pick, write_stepwise
 
 
 def compute_anion_gap(sodium: int, chloride: int, bicarbonate: int) -> int:
@@ -30,14 +30,15 @@ def compute_expected_paco2(bicarbonate: int) -> int:
 _GAP_WORDINGS = (
     "Sodium {na}, chloride {cl}, bicarbonate {b} mmol/L. What is the anion gap in mmol/L?",
     "Find the anion gap in mmol/L: sodium {na}, chloride {cl}, bicarbonate {b}.",
-    "A vomiting patient has sodium {na}, chloride {cl} and bicarbonate {b} mmol/L. Anion gap in mmol/L?",
+    "A drowsy patient has sodium {na}, chloride {cl} and bicarbonate {b} mmol/L. Anion gap in mmol/L?",
     "Blood shows sodium {na}, chloride {cl}, bicarbonate {b} mmol/L. Give the anion gap in mmol/L.",
     "How large is the anion gap, in mmol/L, with sodium {na}, chloride {cl} and bicarbonate {b}?",
 )
 
 
 def _list_gap() -> Iterator[Params]:
-    values = product(range(130, 151), range(94, 113), range(8, 29))
+    # Chloride from 100 to 109 covers most of the reference range and a mild rise, and takes away a round 100 first.
+    values = product(range(130, 151), range(100, 110), range(8, 29))
     return (params for params in values if 4 <= compute_anion_gap(*params) <= 30)
 
 
@@ -46,7 +47,7 @@ def _write_gap(params: Params, rng: Random) -> Problem:
     gap = compute_anion_gap(sodium, chloride, bicarbonate)
     return Problem(
         pick(rng, _GAP_WORDINGS, na=sodium, cl=chloride, b=bicarbonate),
-        f"{sodium}-{chloride}={sodium - chloride}, {sodium - chloride}-{bicarbonate}={gap}.",
+        f"{write_stepwise(sodium, '-', chloride)} {write_stepwise(sodium - chloride, '-', bicarbonate)}",
         f"{gap} mmol/L",
     )
 
@@ -78,9 +79,10 @@ def _write_winters(params: Params, rng: Random) -> Problem:
     half, expected = bicarbonate // 2, compute_expected_paco2(bicarbonate)
     high, low = max(measured, expected), min(measured, expected)
     sum_ = bicarbonate + half
+    steps = f"{bicarbonate}/2={half}, {bicarbonate}+{half}={sum_}, {sum_}+8={expected}."
     return Problem(
         pick(rng, _WINTERS_WORDINGS, b=bicarbonate, p=measured),
-        f"Half: {bicarbonate}/2={half}. {bicarbonate}+{half}={sum_}, {sum_}+8={expected}. {high}-{low}={high - low}.",
+        f"{steps} {write_stepwise(high, '-', low)}",
         f"{high - low} mmHg",
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 from random import Random
 
-from medcot.clinic.family import Family, Params, Problem, pick, write_tally
+from medcot.clinic.family import Family, Params, Problem, pick, write_stepwise, write_tally
 
 
 def compute_mean_arterial_pressure(systolic: int, diastolic: int) -> int:
@@ -75,9 +75,10 @@ def _list_map() -> Iterator[Params]:
 def _write_map(params: Params, rng: Random) -> Problem:
     systolic, diastolic = params
     pulse, mean = systolic - diastolic, compute_mean_arterial_pressure(systolic, diastolic)
+    third = pulse // 3
     return Problem(
         pick(rng, _MAP_WORDINGS, s=systolic, d=diastolic),
-        f"Pulse pressure: {systolic}-{diastolic}={pulse}. {pulse}/3={pulse // 3}. {diastolic}+{pulse // 3}={mean}.",
+        f"{write_stepwise(systolic, '-', diastolic)} {pulse}/3={third}. {write_stepwise(diastolic, '+', third)}",
         f"{mean} mmHg",
     )
 
@@ -100,7 +101,7 @@ _QTC_WORDINGS = (
 
 
 def _list_qtc() -> Iterator[Params]:
-    return product(range(300, 462, 2), range(64, 121, 4))
+    return product(range(300, 461, 5), range(64, 125, 4))
 
 
 def _write_qtc(params: Params, rng: Random) -> Problem:
@@ -109,7 +110,7 @@ def _write_qtc(params: Params, rng: Random) -> Problem:
     extra, corrected = quarter * 7, compute_qtc_hodges(qt, rate)
     return Problem(
         pick(rng, _QTC_WORDINGS, q=qt, h=rate),
-        f"{rate}-60={above}. {above}/4={quarter}, {quarter}×7={extra}. {qt}+{extra}={corrected}.",
+        f"{rate}-60={above}. {above}/4={quarter}, {quarter}×7={extra}. {write_stepwise(qt, '+', extra)}",
         f"{corrected} ms",
     )
 

@@ -8,7 +8,10 @@ problem sit on both sides in two wordings. BLAKE2b, because Python's ``hash`` ch
 
 The reasoning a writer gives is canonical: the same steps in the same order whatever the wording, one operation at a
 time, written without spaces (``40+20=60``). A small model then has one procedure to learn instead of many styles, and
-tokenizers that read digit by digit (SmolLM2) spend no tokens on blanks before numbers.
+tokenizers that read digit by digit (SmolLM2) spend no tokens on blanks before numbers. Each step is a copy or a small
+judgement: a finding is repeated right before its points, a value right before its threshold, and numbers of two digits
+are added or taken away tens first. A model of 135M parameters learns these from some hundred problems, but not the
+same rule written as one leap (``E3 V1 M4.``, ``92-59=33``).
 """
 
 from __future__ import annotations
@@ -100,6 +103,27 @@ def write_product(number: int, digit: int) -> str:
         return f"{number}×{digit}={number * digit}."
     left, right = tens * digit, ones * digit
     return f"{number}×{digit}: {tens}×{digit}={left}, {ones}×{digit}={right}, {left}+{right}={left + right}."
+
+
+def write_stepwise(number: int, sign: Literal["+", "-"], amount: int) -> str:
+    """Write out a sum or a difference tens first, so that each step changes tens or ones only.
+
+    92, "-" and 59 give ``92-50=42, 42-9=33.``; an amount of full tens or of one digit needs one step, and so does
+    adding to a number of one digit.
+
+    Args:
+        number: 0 or more.
+        sign: what to do with the amount.
+        amount: 1 or more, and not above ``number`` where it is taken away.
+    """
+    assert amount >= 1 and (sign == "+" or amount <= number), (number, sign, amount)
+    steps = []
+    for part in (amount,) if sign == "+" and number < 10 else (amount // 10 * 10, amount % 10):
+        if part:
+            result = number + part if sign == "+" else number - part
+            steps.append(f"{number}{sign}{part}={result}")
+            number = result
+    return f"{', '.join(steps)}."
 
 
 def write_tally(items: Sequence[tuple[str, int]]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 from random import Random
 
-from medcot.clinic.family import Family, Params, Problem, pick
+from medcot.clinic.family import Family, Params, Problem, pick, write_stepwise
 
 
 def compute_maintenance_ml_h(weight_kg: int) -> int:
@@ -27,16 +27,16 @@ def compute_fluid_balance_ml(oral: int, intravenous: int, urine: int) -> int:
 
 
 _MAINTENANCE_WORDINGS = (
-    "A patient of {w} kg already gets {d} mL/h with drug infusions. By the 4-2-1 rule, how many mL/h of fluid remain?",
-    "Weight {w} kg, drug infusions {d} mL/h. Find the rest of the 4-2-1 maintenance fluid in mL/h.",
+    "A patient of {w} kg gets {d} mL/h with drugs. By the 4-2-1 rule, how many mL/h of fluid remain?",
+    "Weight {w} kg, drug infusions {d} mL/h. Rest of the 4-2-1 maintenance fluid in mL/h?",
     "Plan 4-2-1 maintenance fluid for {w} kg, less {d} mL/h from infusions. How many mL/h?",
-    "Infusions give {d} mL/h to someone of {w} kg. What is left of the 4-2-1 maintenance rate, in mL/h?",
-    "Before surgery a patient of {w} kg receives {d} mL/h in drugs. Remaining 4-2-1 maintenance in mL/h?",
+    "Infusions give {d} mL/h to someone of {w} kg. What 4-2-1 maintenance is left, in mL/h?",
+    "Before surgery, {w} kg, drugs in {d} mL/h. Remaining 4-2-1 maintenance in mL/h?",
 )
 
 
 def _list_maintenance() -> Iterator[Params]:
-    return product(range(12, 81), range(3, 21))
+    return product(range(12, 86), range(2, 10))
 
 
 def _write_maintenance(params: Params, rng: Random) -> Problem:
@@ -44,13 +44,13 @@ def _write_maintenance(params: Params, rng: Random) -> Problem:
     total = compute_maintenance_ml_h(weight)
     if weight <= 20:
         rest = weight - 10
-        steps = f"First 10 kg: 40. Rest: {weight}-10={rest}, {rest}×2={2 * rest}. 40+{2 * rest}={total}."
+        steps = f"10 kg: 40. {weight}-10={rest}, {rest}×2={2 * rest}, 40+{2 * rest}={total}."
     else:
         rest = weight - 20
-        steps = f"First 20 kg: 60. Rest: {weight}-20={rest}. 60+{rest}={total}."
+        steps = f"20 kg: 60. {weight}-20={rest}, 60+{rest}={total}."
     return Problem(
         pick(rng, _MAINTENANCE_WORDINGS, w=weight, d=drugs),
-        f"{steps} {total}-{drugs}={total - drugs}.",
+        f"{steps} {write_stepwise(total, '-', drugs)}",
         f"{total - drugs} mL/h",
     )
 
@@ -74,16 +74,18 @@ _BALANCE_WORDINGS = (
 
 
 def _list_balance() -> Iterator[Params]:
-    amounts = product(range(200, 1300, 100), range(500, 2000, 100), range(400, 1900, 100))
+    amounts = product(range(200, 1000, 100), range(500, 2000, 100), range(400, 1900, 100))
     return (params for params in amounts if compute_fluid_balance_ml(*params) > 0)
 
 
 def _write_balance(params: Params, rng: Random) -> Problem:
     oral, intravenous, urine = params
-    taken, balance = oral + intravenous, compute_fluid_balance_ml(oral, intravenous, urine)
+    balance = compute_fluid_balance_ml(oral, intravenous, urine)
+    drunk, infused, passed = oral // 100, intravenous // 100, urine // 100  # all are full hundreds
+    steps = f"Hundreds: {drunk}+{infused}={drunk + infused}. {write_stepwise(drunk + infused, '-', passed)}"
     return Problem(
         pick(rng, _BALANCE_WORDINGS, o=oral, i=intravenous, u=urine),
-        f"In: {oral}+{intravenous}={taken}. Out: {taken}-{urine}={balance}.",
+        f"{steps} {balance // 100}×100={balance}.",
         f"{balance} mL",
     )
 

@@ -34,7 +34,7 @@ _WORDINGS = (
     "A patient of {a} years has a sore throat with {has}. Give the McIsaac score.",
     "Find the McIsaac score: {a} years old, sore throat, {has}.",
 )
-# What is said when an item applies and when it does not.
+# What is said when an item applies and when it does not, in the order of the score's items.
 _FINDINGS = (
     ("fever", "no fever"),
     ("no cough", "cough"),
@@ -51,8 +51,14 @@ def _list_patients() -> Iterator[Params]:
 def _write(params: Params, rng: Random) -> Problem:
     age, *findings = params
     items = list_mcisaac(*params)
-    has = ", ".join(said[0] if applies else said[1] for said, applies in zip(_FINDINGS, findings, strict=True))
-    return Problem(pick(rng, _WORDINGS, a=age, has=has), write_tally(items), str(sum(points for _, points in items)))
+    said = [pair[0] if applies else pair[1] for pair, applies in zip(_FINDINGS, findings, strict=True)]
+    # Findings without points are repeated too: going down the list is easier to learn than leaving some out.
+    told = [(finding.capitalize(), applies) for finding, applies in zip(said, findings, strict=True)]
+    return Problem(
+        pick(rng, _WORDINGS, a=age, has=", ".join(said)),
+        write_tally([*told, items[-1]]),
+        str(sum(points for _, points in items)),
+    )
 
 
 MCISAAC = Family(

@@ -8,17 +8,10 @@ from random import Random
 
 from medcot.clinic.family import Family, Params, Problem, pick
 
-# Findings in the order of their points, 1 first.
-EYES = ("eyes stay closed", "eyes open to pain", "eyes open to voice", "eyes open spontaneously")
-VERBAL = ("no speech", "only sounds", "single wrong words", "confused speech", "oriented speech")
-MOTOR = (
-    "no movement",
-    "extends to pain",
-    "abnormal flexion",
-    "withdraws from pain",
-    "localises pain",
-    "obeys commands",
-)
+# Findings in the order of their points, 1 first: the scale's own words, one short phrase each, all of them different.
+EYES = ("eyes closed", "eyes open to pain", "eyes open to voice", "eyes open spontaneously")
+VERBAL = ("no speech", "sounds only", "words only", "confused speech", "oriented speech")
+MOTOR = ("no movement", "extension", "abnormal flexion", "withdrawal", "localises pain", "obeys commands")
 
 
 def compute_glasgow_fall(earlier: int, eyes: int, verbal: int, motor: int) -> int:
@@ -32,25 +25,27 @@ def compute_glasgow_fall(earlier: int, eyes: int, verbal: int, motor: int) -> in
 
 _WORDINGS = (
     "Earlier GCS {g}. Now {e}, {v}, {m}. By how many points has GCS fallen?",
-    "After a head injury GCS was {g}; now {e}, {v}, {m}. How many points lower is it?",
+    "GCS was {g}; now {e}, {v}, {m}. How many points lower is it?",
     "A patient with GCS {g} at noon now shows: {e}, {v}, {m}. Fall of GCS in points?",
     "GCS was {g}. On examination: {e}, {v}, {m}. Give the drop in GCS points.",
 )
 
 
 def _list_findings() -> Iterator[Params]:
-    values = product(range(4, 16), range(1, 5), range(1, 6), range(1, 7))
+    # Earlier scores are those of mild and moderate injury, of which there is something to lose.
+    values = product(range(9, 16), range(1, 5), range(1, 6), range(1, 7))
     return (params for params in values if compute_glasgow_fall(*params) > 0)
 
 
 def _write(params: Params, rng: Random) -> Problem:
     earlier, eyes, verbal, motor = params
-    now, fall = eyes + verbal + motor, compute_glasgow_fall(earlier, eyes, verbal, motor)
+    both, now = eyes + verbal, eyes + verbal + motor
+    fall = compute_glasgow_fall(earlier, eyes, verbal, motor)
     findings = {"e": EYES[eyes - 1], "v": VERBAL[verbal - 1], "m": MOTOR[motor - 1]}
     return Problem(
         pick(rng, _WORDINGS, g=earlier, **findings),
-        f"E{eyes} V{verbal} M{motor}. {eyes}+{verbal}={eyes + verbal}, {eyes + verbal}+{motor}={now}. "
-        f"{earlier}-{now}={fall}.",
+        f"{findings['e'].capitalize()} {eyes}. {findings['v'].capitalize()} {verbal}, {eyes}+{verbal}={both}. "
+        f"{findings['m'].capitalize()} {motor}, {both}+{motor}={now}. {earlier}-{now}={fall}.",
         str(fall),
     )
 

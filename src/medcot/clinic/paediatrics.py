@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 from random import Random
 
-from medcot.clinic.family import Family, Params, Problem, pick, write_product
+from medcot.clinic.family import Family, Params, Problem, pick, write_product, write_stepwise
 
 
 def compute_deficit_ml(weight_kg: int, percent: int) -> int:
@@ -77,7 +77,7 @@ def _write_corrected(params: Params, rng: Random) -> Problem:
     early, corrected = 40 - birth, compute_corrected_age_weeks(birth, age)
     return Problem(
         pick(rng, _CORRECTED_WORDINGS, b=birth, a=age),
-        f"Early by 40-{birth}={early}. {age}-{early}={corrected}.",
+        f"Early by 40-{birth}={early}. {write_stepwise(age, '-', early)}",
         f"{corrected} weeks",
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 from random import Random
 
-from medcot.clinic.family import Family, Params, Problem, pick, write_tally
+from medcot.clinic.family import Family, Params, Problem, pick, write_stepwise, write_tally
 
 
 def compute_pack_years(first_daily: int, first_years: int, then_daily: int, then_years: int) -> int:
@@ -22,7 +22,7 @@ def compute_pack_years(first_daily: int, first_years: int, then_daily: int, then
 def list_curb65(
     confusion: int, urea: int, respiratory_rate: int, systolic: int, diastolic: int, age: int
 ) -> list[tuple[str, int]]:
-    """Return the five items of CURB-65 with their points.
+    """Return the five items of CURB-65, each with the value compared, and their points.
 
     Lim WS et al. Defining community acquired pneumonia severity on presentation to hospital. Thorax 2003;58:377-382.
     One point each: new confusion, urea above 7 mmol/L, respiratory rate 30 or more, systolic below 90 or diastolic 60
@@ -36,12 +36,13 @@ def list_curb65(
         diastolic: in mmHg.
         age: in years.
     """
+    low = systolic < 90 or diastolic <= 60
     return [
-        ("Confusion", confusion),
-        ("Urea", int(urea > 7)),
-        ("Breathing", int(respiratory_rate >= 30)),
-        ("Pressure", int(systolic < 90 or diastolic <= 60)),
-        ("Age", int(age >= 65)),
+        ("Confused" if confusion else "Alert", confusion),
+        (f"Urea {urea}{'>' if urea > 7 else '<='}7:", int(urea > 7)),
+        (f"Rate {respiratory_rate}{'>=' if respiratory_rate >= 30 else '<'}30:", int(respiratory_rate >= 30)),
+        (f"BP {systolic}/{diastolic} {'low' if low else 'not low'}:", int(low)),
+        (f"Age {age}{'>=' if age >= 65 else '<'}65:", int(age >= 65)),
     ]
 
 
@@ -51,27 +52,28 @@ _PACK_WORDINGS = (
     "Smoking history: {a} cigarettes daily for {x} years, later {b} daily for {y} years. Give the pack-years.",
     "How many pack-years are {a} cigarettes a day over {x} years plus {b} a day over {y} years?",
 )
-_PACKS = {10: "half a pack", 20: "1 pack", 40: "2 packs"}
+_DAILY = (10, 20, 40)  # half a pack, one pack and two packs
 
 
 def _list_packs() -> Iterator[Params]:
-    values = product(_PACKS, range(2, 21), _PACKS, range(2, 21))
+    values = product(_DAILY, range(2, 21), _DAILY, range(2, 21))
     return ((a, x, b, y) for a, x, b, y in values if a != b and a * x % 20 == 0 and b * y % 20 == 0)
 
 
 def _write_period(daily: int, years: int) -> str:
-    total = daily * years // 20
-    return f"{_PACKS[daily]}: {years}/2={total}." if daily == 10 else f"{_PACKS[daily]}: {daily // 20}×{years}={total}."
+    """Turn one period into pack-years: half the years at 10 a day, the years at 20, twice the years at 40."""
+    step = f"{years}/2" if daily == 10 else f"{years}×{daily // 20}"
+    return f"{daily} a day: {step}={daily * years // 20}."
 
 
 def _write_packs(params: Params, rng: Random) -> Problem:
     first_daily, first_years, then_daily, then_years = params
     first, then = first_daily * first_years // 20, then_daily * then_years // 20
-    total = compute_pack_years(first_daily, first_years, then_daily, then_years)
-    steps = f"{_write_period(first_daily, first_years)} Then {_write_period(then_daily, then_years)}"
+    total = first + then
+    steps = f"{_write_period(first_daily, first_years)} {_write_period(then_daily, then_years)}"
     return Problem(
         pick(rng, _PACK_WORDINGS, a=first_daily, x=first_years, b=then_daily, y=then_years),
-        f"{steps[0].upper()}{steps[1:]} {first}+{then}={total}.",
+        f"{steps} {write_stepwise(first, '+', then)}",
         f"{total} pack-years",
     )
 
@@ -86,10 +88,10 @@ PACK_YEARS = Family(
 )
 
 _CURB_WORDINGS = (
-    "Pneumonia: {c}, urea {u} mmol/L, breathing {r}/min, blood pressure {s}/{d}, age {a}. CURB-65 score?",
-    "What is the CURB-65 score: {c}, urea {u}, respiratory rate {r}, blood pressure {s}/{d}, age {a}?",
-    "A patient with pneumonia is {c}; urea {u} mmol/L, rate {r}/min, pressure {s}/{d}, age {a}. Give CURB-65.",
-    "Find CURB-65 for a {c} patient, urea {u} mmol/L, {r} breaths/min, {s}/{d} mmHg, {a} years old.",
+    "Pneumonia: {c}, urea {u} mmol/L, breathing {r}/min, BP {s}/{d}, age {a}. CURB-65?",
+    "CURB-65 score: {c}, urea {u} mmol/L, rate {r}, BP {s}/{d}, age {a}?",
+    "A patient is {c}; urea {u} mmol/L, rate {r}/min, BP {s}/{d}, age {a}. Give CURB-65.",
+    "Find CURB-65: {c}, urea {u} mmol/L, {r} breaths/min, BP {s}/{d}, {a} years old.",
 )
 # A few values on both sides of each threshold, those at the threshold itself among them.
 _UREA = (4, 5, 7, 8, 9, 12)

@@ -23,7 +23,7 @@ from medcot.engine.attention import Layout, build_layout
 from medcot.engine.layers import FAMILIES, FastLayer, layer_reason, norm, window_of
 from medcot.engine.loss import token_loss
 
-__all__ = ["Engine", "Explanation", "accelerate", "engine_of", "explain"]
+__all__ = ["Engine", "Explanation", "accelerate", "engine_of", "explain", "release"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,12 @@ def explain(model: nn.Module) -> Explanation:
 def engine_of(model: nn.Module) -> Engine | None:
     """Return the fast forward of a model, or ``None`` where it runs the plain one."""
     return vars(model).get(_ENGINE)
+
+
+def release(model: nn.Module) -> None:
+    """Forget a model's fast forward, before the model is changed in ways the engine would not see (a new adapter)."""
+    for name in (_ENGINE, _EXPLANATION):
+        vars(model).pop(name, None)
 
 
 def _causal_lm(model: nn.Module) -> Any:

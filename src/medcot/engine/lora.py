@@ -2,7 +2,7 @@
 
 q, k and v read the same activation, and so do gate and up. The plain path multiplies each of them separately, casts
 the activation to the adapter's float32 once per adapter, and keeps every copy for the backward pass. Here the frozen
-weights of a group act as one (N, D) matrix (``weights.py``), so the base costs one GEMM; the low-rank products are added
+weights of a group act as one (N, D) matrix (``frozen.py``), so the base costs one GEMM; the low-rank products are added
 into its output in place; the activation is kept once.
 
 Backward, for ``y = x Wᵀ + s · (x Aᵢᵀ) Bᵢᵀ`` with W frozen (Hu et al. 2021, arXiv:2106.09685), writing ``uᵢ = x Aᵢᵀ``:
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medcot.engine.weights import FrozenWeight, build_weight, fuse_parameters, unknown_storage
+from medcot.engine.frozen import FrozenWeight, build_weight, fuse_parameters, unknown_storage
 
 
 class LoraLinear(torch.autograd.Function):

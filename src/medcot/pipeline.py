@@ -1,0 +1,522 @@
+"""The whole job, in the order it happens; every other module is one of its verbs.
+
+    read the rows -> load the model -> make tokens -> ask -> attach LoRA and make it fast -> train -> save the adapter
+    -> ask again -> merge -> report -> push
+
+Each stage leaves its result in the run folder before the next begins, and ``--resume`` takes up where the folder says
+the job was: answers that were given stay given, training goes on from the last whole checkpoint, a saved adapter is
+loaded. The adapter is proved off before and on after: before, the model has none; after, switching it off must give
+the first probe's logits back, and switching it on must not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from medcot import folder as folders
+from medcot.errors import ModelError, RecipeError
+from medcot.recipe import Recipe, dump_recipe, load_recipe
+from medcot.records import Run
+from medcot.train.progress import RunConsole
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from rich.console import Console
+
+    from medcot.model import LoadedModel
+    from medcot.planning import TrainingData
+    from medcot.tracking import Tracker
+
+
+def run(
+    recipe: str | Path | Recipe = "default",
+    *,
+    overrides: Sequence[str] = (),
+    out: str | Path | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+    **stages: Any,
+) -> dict[str, Any]:
+    """Do the whole job and return the facts that run.json holds, with ``folder`` added.
+
+    Args:
+        recipe: a shipped recipe's name, a YAML file, or a ``Recipe``.
+        overrides: ``"key.sub=value"`` strings.
+        out: run folder; ``runs/<recipe>-<time>`` if ``None``.
+        resume: go on with ``out``, else with ``runs/latest``; the saved recipe is used.
+        console: where to draw.
+        **stages: whole stages by name, as in ``run("tutorial-8b", data="my.jsonl", train={"max_steps": 10})``.
+
+    Raises:
+        MedcotError: a mistake in recipe, data, model or folder; the message says what to do.
+    """
+    job = _open(recipe, [*overrides], stages, Path(out) if out is not None else None, resume, console)
+    with folders.held(job.run), job:
+        _do(job)
+    return {**job.facts, "folder": str(job.run.folder)}
+
+
+def _do(job: _Job) -> None:
+    """The paragraph at the head of this file."""
+    from medcot import asking, planning
+
+    recipe = job.recipe
+    with job.stage("read data") as line:
+        raw = planning.read_examples(recipe)
+        problems = planning.load_test_problems(recipe.evaluate.source) if recipe.evaluate.source else []
+        line.detail = f"{len(raw.examples):,} examples from {recipe.data.source}"
+    with job.stage("load model") as line:
+        loaded = _load(job)
+        line.detail = f"{loaded.source}, {loaded.num_params / 1e6:,.0f} M parameters, {loaded.precision}"
+    with job.stage("make tokens") as line:
+        data = planning.encode_examples(raw, recipe, loaded.tokenizer)
+        _keep_data(job, data, len(problems))
+        line.detail = f"{len(data.rows):,} rows, {data.facts()['tokens']:,} tokens"
+    probe = _probe(loaded.model, loaded)
+    with job.stage("ask before"):
+        before = _answers(job, "before", loaded.model, loaded, problems)
+    model = _attach(job, loaded)
+    if job.run.adapter.is_dir():
+        job.console.note("training was complete; its adapter is loaded")
+    else:
+        with job.stage("train"):
+            _train(job, model, loaded, data)
+        with job.stage("save adapter"):
+            _save_adapter(job, model, loaded)
+    _prove_adapter(job, model, loaded, probe)
+    with job.stage("ask after"):
+        after = _answers(job, "after", model, loaded, problems)
+    _compare(job, problems, before, after)
+    job.tracker.log_table("before and after", *asking.tabulate(before, after))
+    if recipe.save.merged:
+        with job.stage("save merged") as line:
+            line.detail = _merge(job, loaded)
+    job.record(status="complete")
+    with job.stage("report"):
+        _report(job)
+    _push(job)
+
+
+def ask(
+    question: str,
+    folder: Path,
+    *,
+    base: bool = False,
+    max_new_tokens: int = 1200,
+    seed: int = 3407,
+    on_text: Callable[[str, bool], None] = lambda piece, in_think: None,
+) -> str:
+    """Ask a run's model one question; return the whole text written.
+
+    Args:
+        question: the question alone; the run's prompt style is put around it.
+        folder: the run folder.
+        base: ask the model without its adapter.
+        max_new_tokens: limit, thinking included.
+        seed: of the sampling.
+        on_text: called with each piece of text as it comes, and whether it is thinking.
+
+    Raises:
+        MedcotError: no adapter in the folder, or the base model cannot be loaded.
+    """
+    from medcot import asking, engine, prompt
+    from medcot.generate import generate
+    from medcot.model import load_adapter
+
+    saved = Run(folder)
+    recipe = load_recipe(saved.recipe)
+    loaded = _load_base(recipe)
+    model = loaded.model if base else load_adapter(loaded, saved.adapter)
+    if recipe.train.accelerate:
+        engine.accelerate(model)
+    splitter = prompt.StreamSplitter(loaded.tokenizer)
+    pieces: list[str] = []
+
+    def emit(found: Sequence[Any]) -> None:
+        for piece in found:
+            pieces.append(piece.text)
+            on_text(piece.text, piece.in_think)
+
+    generate(
+        model,
+        loaded.tokenizer,
+        [prompt.encode_prompt(question, recipe.prompt.style, loaded.tokenizer)],
+        max_new_tokens=max_new_tokens,
+        sampling=asking.choose_sampling(loaded.model, recipe.ask),
+        seed=seed,
+        batch_size=1,
+        on_token=lambda _, token: emit(splitter.feed(token)),
+    )
+    emit(splitter.finish())
+    return "".join(pieces)
+
+
+def plan(
+    recipe: str | Path | Recipe = "default", overrides: Sequence[str] = (), console: Console | None = None
+) -> None:
+    """Print what a run would do, and one row as the model will see it; nothing is trained or written.
+
+    Raises:
+        MedcotError: as ``run`` would.
+    """
+    from medcot.preview import print_plan
+
+    print_plan(_resolve(recipe, overrides, {}), RunConsole(console))
+
+
+class _Job:
+    """One run being done: its folder, its facts so far, its screen and its tracker."""
+
+    def __init__(self, run: Run, recipe: Recipe, facts: dict[str, Any], console: RunConsole) -> None:
+        self.run, self.recipe, self.facts, self.console = run, recipe, facts, console
+        self.tracker: Tracker
+
+    def __enter__(self) -> _Job:
+        from medcot.machine import describe_machine, list_versions
+        from medcot.tracking import open_tracker
+
+        tracking = self.recipe.tracking
+        self.record(status="running", error=None, versions=list_versions(), machine=describe_machine())
+        self.tracker = open_tracker(
+            tracking.tracker,
+            project=tracking.project,
+            folder=self.run.folder,
+            job_type=tracking.job_type,
+            run_name=tracking.run_name,
+            anonymous=tracking.anonymous,
+            config=self.recipe.model_dump(mode="json"),
+            announce=self.console.warn,
+        )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is not None:
+            from medcot.secrets import redact
+
+            stopped = issubclass(kind, KeyboardInterrupt)
+            self.record(status="stopped" if stopped else "failed", error=redact(f"{kind.__name__}: {error}"))
+        self.tracker.finish()
+
+    def record(self, **facts: Any) -> None:
+        """Add facts to run.json, and write it."""
+        self.facts.update(facts)
+        folders.write_json(self.run.facts, self.facts)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Any]:
+        """Show a stage and keep its seconds; a resumed run adds to what the stage took before."""
+        started_s = time.monotonic()
+        with self.console.stage(name) as line:
+            try:
+                yield line
+            finally:
+                timing = self.facts["timing"]
+                timing[name] = round(timing.get(name, 0.0) + time.monotonic() - started_s, 3)
+                self.record()
+
+
+def _resolve(recipe: str | Path | Recipe, overrides: Sequence[str], stages: Mapping[str, Any]) -> Recipe:
+    return load_recipe(recipe, overrides, stages)
+
+
+def _open(
+    recipe: str | Path | Recipe,
+    overrides: list[str],
+    stages: Mapping[str, Any],
+    out: Path | None,
+    resume: bool,
+    console: Console | None,
+) -> _Job:
+    """Make the folder of a new run, or find the one to go on with."""
+    screen = RunConsole(console)
+    if not resume:
+        resolved = _resolve(recipe, overrides, stages)
+        new = folders.create_run(resolved.name, out)
+        folders.write_text(new.recipe, dump_recipe(resolved))
+        facts = {
+            "recipe": resolved.model_dump(mode="json"),
+            "status": "running",
+            "model": {},
+            "data": {},
+            "train": {},
+            "eval": {},
+            "artifacts": {"adapter": None, "merged": None, "report": None},
+            "timing": {},
+        }
+        screen.note(f"recipe {resolved.name}; run folder {new.folder}")
+        return _Job(new, resolved, facts, screen)
+    if overrides or stages:
+        raise RecipeError(
+            f"--resume was given with {', '.join([*overrides, *stages])}",
+            "A resumed run keeps the recipe it was started with, else its two halves would not be one run",
+            "Leave the overrides out, or start a new run with them",
+        )
+    old = folders.find_resumable(out)
+    screen.note(f"going on with {old.folder}")
+    return _Job(old, load_recipe(old.recipe), json.loads(old.facts.read_text(encoding="utf-8")), screen)
+
+
+def _load_base(recipe: Recipe) -> LoadedModel:
+    from medcot.model import load
+
+    stage = recipe.model
+    return load(
+        stage.source,
+        precision=stage.precision.value,
+        revision=stage.revision,
+        max_seq_length=stage.max_seq_length,
+        allow_pickle=stage.allow_pickle,
+        trust_remote_code=stage.trust_remote_code,
+    )
+
+
+def _load(job: _Job) -> LoadedModel:
+    from medcot import engine, planning
+    from medcot.shapes import compute_shape
+
+    loaded = _load_base(job.recipe)
+    for note in loaded.notes:
+        job.console.note(note)
+    folders.check_disk(job.run.folder, planning.estimate_disk_bytes(job.recipe, compute_shape(loaded.model.config)))
+    if job.recipe.train.accelerate:
+        engine.accelerate(loaded.model)
+    job.record(
+        model={
+            "source": loaded.source,
+            "resolved": loaded.resolved,
+            "params": loaded.num_params,
+            "precision": loaded.precision,
+            "device": str(loaded.device),
+        }
+    )
+    return loaded
+
+
+def _keep_data(job: _Job, data: TrainingData, num_problems: int) -> None:
+    from medcot.data.checks import save_quarantine
+
+    for sentence in data.sentences:
+        job.console.note(sentence)
+    quarantine = job.run.data / "quarantine.jsonl"
+    save_quarantine(quarantine, data.quarantined)
+    if data.quarantined:
+        first = data.quarantined[0]
+        job.console.warn(
+            f"{len(data.quarantined)} rows set aside, listed in {quarantine}; row {first.row_number}: {first.reason}"
+        )
+    job.record(data={"train": data.facts(), "eval": {"source": job.recipe.evaluate.source, "rows": num_problems}})
+
+
+def _answers(job: _Job, when: str, model: Any, loaded: LoadedModel, problems: Sequence[Any]) -> list[dict[str, Any]]:
+    """Ask, or read the answers that an interrupted run already has."""
+    from medcot import asking
+
+    path = job.run.samples / f"{when}.jsonl"
+    if path.exists():
+        job.console.note(f"already answered: {path}")
+        return folders.read_lines(path)
+    lines = asking.answer_all(model, loaded.tokenizer, job.recipe, problems, job.console)
+    folders.write_lines(path, lines)
+    return lines
+
+
+def _attach(job: _Job, loaded: LoadedModel) -> PeftModel:
+    """Put the adapter on: the saved one where training is complete, else a fresh one."""
+    from medcot import engine
+    from medcot.model import attach_lora, load_adapter
+
+    engine.release(loaded.model)
+    if job.run.adapter.is_dir():
+        model = load_adapter(loaded, job.run.adapter)
+    else:
+        lora = job.recipe.lora
+        model = attach_lora(
+            loaded,
+            r=lora.r,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            bias=lora.bias,
+            targets=lora.targets,
+            rslora=lora.rslora,
+            dora=lora.dora,
+            init=lora.init,
+            seed=lora.seed,
+        )
+    if job.recipe.train.accelerate:
+        explanation = engine.accelerate(model)
+        if not explanation.fast:
+            job.console.warn(f"training takes the plain path, which is slower: {explanation.reason}")
+    return model
+
+
+def _train(job: _Job, model: PeftModel, loaded: LoadedModel, data: TrainingData) -> None:
+    from medcot import engine, planning
+    from medcot.shapes import compute_shape
+    from medcot.train import sft
+
+    fast = engine.engine_of(model) is not None
+    shape = compute_shape(loaded.model.config)
+    plan, predicted_gb = planning.build_plan(job.recipe, data.rows, shape, loaded.precision, loaded.device, fast=fast)
+    checkpoints = sft.list_checkpoints(job.run.checkpoints)
+    resume_from = checkpoints[-1] if checkpoints else None
+    kept = _keep_metrics(job.run, resume_from)
+    if resume_from is not None:
+        job.console.note(f"going on from {resume_from.name}")
+    with job.console.training(plan.num_steps) as bar, job.run.metrics.open("a", encoding="utf-8") as log:
+
+        def on_step(step: int, metrics: Any) -> None:
+            if metrics is None:
+                bar.update(step)
+                return
+            line = dataclasses.asdict(metrics)
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            job.tracker.log({key: value for key, value in line.items() if key != "step"}, step)
+            bar.update(
+                step,
+                loss=metrics.loss,
+                learning_rate=metrics.learning_rate,
+                tokens_per_s=metrics.tokens_per_s,
+                trained_tokens_per_s=metrics.trained_tokens_per_s,
+                memory_gb=metrics.memory_gb,
+            )
+
+        result = sft.train(
+            model, loaded.tokenizer, data.rows, plan, job.run.checkpoints, resume_from=resume_from, on_step=on_step
+        )
+    facts = dataclasses.asdict(result)
+    if kept:
+        facts["loss_first"] = kept[0]["loss"]  # this process saw only the steps after the checkpoint
+    facts["predicted_memory_gb"] = round(predicted_gb, 2)
+    facts["path"] = "engine" if fast else "plain"
+    job.record(train=facts)
+
+
+def _keep_metrics(run: Run, resume_from: Path | None) -> list[dict[str, Any]]:
+    """Drop the lines of steps that will be done again; return those that stay."""
+    if not run.metrics.exists():
+        return []
+    done = int(resume_from.name.rpartition("-")[2]) if resume_from is not None else 0
+    kept = [line for line in folders.read_lines(run.metrics) if line["step"] <= done]
+    folders.write_lines(run.metrics, kept)
+    return kept
+
+
+def _save_adapter(job: _Job, model: PeftModel, loaded: LoadedModel) -> None:
+    from medcot.export import save_adapter
+
+    save_adapter(model, loaded.tokenizer, job.run.adapter, init=job.recipe.lora.init)
+    job.facts["artifacts"]["adapter"] = job.run.adapter.name
+
+
+def _probe(model: Any, loaded: LoadedModel) -> torch.Tensor:
+    """Next-token logits of the tutorial's question, by the plain forward; (V) float32 on the CPU."""
+    import torch
+
+    from medcot import prompt
+
+    ids = loaded.tokenizer(prompt.TUTORIAL_QUESTION, return_tensors="pt").input_ids.to(loaded.device)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu()
+    model.train(was_training)
+    return logits
+
+
+def _prove_adapter(job: _Job, model: PeftModel, loaded: LoadedModel, before: torch.Tensor) -> None:
+    """Switch the adapter on and off, and compare the probes: off must be the model that was asked before.
+
+    PiSSA and LoftQ change the base itself, so there only the difference between on and off is checked.
+    """
+    on = _probe(model, loaded)
+    with model.disable_adapter():
+        off = _probe(model, loaded)
+    changed = float((on - off).abs().max())
+    drift = float((off - before).abs().max())
+    if changed == 0:
+        raise ModelError(
+            "the trained adapter changes no logit",
+            "After training, the model with its adapter must differ from the model without",
+            "Raise train.learning_rate or train.max_steps, and run again",
+        )
+    keeps_base = job.recipe.lora.init == "default"
+    # The fused weights are the same numbers in another place; a kernel may add them up in another order.
+    tolerance = 1e-2 * float(before.abs().max())
+    if keeps_base and drift > tolerance:
+        raise ModelError(
+            f"without its adapter the model's logits moved by {drift:.3g} during training",
+            f"The base is frozen; at most {tolerance:.3g} is rounding",
+            "This is a fault of medcot; please report it with the recipe",
+        )
+    job.record(
+        proof={"adapter_before": "absent", "adapter_after": "on", "logits_changed_by": changed, "base_moved_by": drift}
+    )
+
+
+def _compare(job: _Job, problems: Sequence[Any], before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+    from medcot import asking
+
+    summaries = {
+        "before": asking.summarise_samples(problems, before),
+        "after": asking.summarise_samples(problems, after),
+    }
+    if summaries["before"] is None:
+        job.record(eval={"source": None})
+        return
+    job.record(
+        eval={
+            "source": job.recipe.evaluate.source,
+            "n": len(problems),
+            **summaries,
+            **asking.compare_samples(before, after),
+        }
+    )
+
+
+def _merge(job: _Job, loaded: LoadedModel) -> str:
+    from medcot.export import save_merged
+
+    stage = job.recipe.model
+    merged = save_merged(
+        loaded,
+        job.run.adapter,
+        job.run.merged,
+        allow_pickle=stage.allow_pickle,
+        trust_remote_code=stage.trust_remote_code,
+    )
+    job.facts["artifacts"]["merged"] = job.run.merged.name
+    return str(merged.base)
+
+
+def _report(job: _Job) -> None:
+    from medcot.report import render_report
+    from medcot.report.card import render_card
+
+    job.facts["artifacts"]["report"] = job.run.report.name
+    job.record()
+    render_report(job.run)
+    folders.write_text(job.run.card, render_card(job.run))
+    job.tracker.log_file(job.run.report)
+
+
+def _push(job: _Job) -> None:
+    from medcot.hub import push_folder
+    from medcot.secrets import SecretName, find_secret
+
+    push = job.recipe.push
+    for folder, repository in ((job.run.adapter, push.adapter), (job.run.merged, push.merged)):
+        if repository is None:
+            continue
+        with job.stage(f"push {folder.name}") as line:
+            secret = find_secret(SecretName.HUGGING_FACE)
+            line.detail = push_folder(folder, repository, private=push.private, token=secret.value if secret else None)
+            job.record(pushed={**job.facts.get("pushed", {}), folder.name: line.detail})

@@ -1,0 +1,1 @@
+"""Optimizer steps, and what a person sees of them."""

@@ -1,0 +1,374 @@
+"""Supervised fine-tuning: TRL's trainer, with our batches, our loss and checkpoints that are whole or absent.
+
+What differs from a bare ``SFTTrainer``:
+
+- Batches are rows end to end without padding (``data/packing.py``).
+- The loss of a step is the summed cross-entropy of its trained tokens over their number, counted over the *whole* step.
+  However a step is split into forwards (2×4, 4×2, 8×1), the gradient is the same. Averaging each forward's mean, as
+  gradient accumulation is often done, weights short rows more.
+- An accelerated model runs the engine's forward; any other runs its own, on the same batches.
+- Adapter weights stay in float32. TRL casts them to bf16 on a quantised base, where an update smaller than 1/256 of a
+  weight is lost.
+- A checkpoint is written beside its place and renamed when complete, so that a kill at any moment leaves only whole
+  ones, and a run that resumes from one ends with the same weights, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from medcot.data.packing import build_dataset, collate
+from medcot.engine import engine_of
+from medcot.errors import MedcotError
+from medcot.quiet import quiet_libraries
+from medcot.records import Row
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+STAGING = ".writing"  # a checkpoint is put together under this name
+
+
+class DivergedError(MedcotError, ArithmeticError):
+    """The loss is no longer a finite number."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What one logging step reports; token rates are over the time since the last one."""
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_s: float
+    trained_tokens_per_s: float
+    memory_gb: float
+    tokens: int  # since the start of the run
+    trained_tokens: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training came to; ``seconds`` counts this process's steps only."""
+
+    steps: int
+    loss_first: float
+    loss_last: float
+    seconds: float
+    tokens_per_s: float
+    trained_tokens_per_s: float
+    peak_memory_gb: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The optimizer's settings, resolved: every number is final."""
+
+    num_steps: int
+    batch_size: int  # sequences a step
+    micro_batch_size: int  # sequences a forward
+    warmup_steps: int
+    learning_rate: float = 2e-4
+    schedule: str = "linear"
+    optimizer: str = "adamw_torch_fused"
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    logging_steps: int = 10
+    save_steps: int | None = None
+    keep_checkpoints: int = 2
+    recompute: bool = False
+    offload: bool = False  # recompute, with what is kept in host memory
+    seed: int = 3407
+
+
+@dataclass
+class _Counter:
+    """Tokens that went through the model, counted where the loss is computed."""
+
+    tokens: int = 0
+    trained_tokens: int = 0
+    history: list[Metrics] = field(default_factory=list)
+
+
+def count_steps(num_rows: int, batch_size: int, *, max_steps: int | None, epochs: float | None) -> int:
+    """Optimizer steps of a run: ``max_steps`` if given, else as many as the epochs need (one if neither is given)."""
+    if max_steps is not None:
+        return max_steps
+    return max(1, math.ceil((epochs or 1) * math.ceil(num_rows / batch_size)))
+
+
+def count_warmup(warmup: float, num_steps: int) -> int:
+    """Warm-up steps: a number of steps, or below 1 a share of all."""
+    return math.ceil(warmup * num_steps) if warmup < 1 else int(warmup)
+
+
+def choose_optimizer(name: str, device: torch.device) -> str:
+    """Resolve ``auto``: 8-bit AdamW where bitsandbytes runs it (CUDA), torch's fused AdamW elsewhere."""
+    if name == "auto":
+        name = "adamw_8bit" if device.type == "cuda" else "adamw_torch"
+    return "adamw_torch_fused" if name == "adamw_torch" else name
+
+
+class ReasoningTrainer(SFTTrainer):
+    """SFTTrainer with the loss of the whole step, the engine's forward and atomic checkpoints."""
+
+    def __init__(self, *args: Any, plan: Plan, counter: _Counter, **kwargs: Any) -> None:
+        self._plan, self._counter = plan, counter
+        self._staging: str | None = None
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return this forward's summed loss over the trained tokens of the whole step."""
+        assert not return_outputs, "training asks for the loss alone"
+        labels_T = inputs["labels"][0]
+        with self._activations():
+            summed, num_trained = self._summed_loss(model, inputs, labels_T)
+        self._counter.tokens += labels_T.numel()
+        self._counter.trained_tokens += num_trained
+        return summed / (num_trained if num_items_in_batch is None else num_items_in_batch)
+
+    def _summed_loss(self, model: Any, inputs: dict[str, Any], labels_T: Tensor) -> tuple[Tensor, int]:
+        engine = engine_of(model)
+        if engine is not None:
+            lengths, recompute = inputs["lengths"], self._plan.recompute
+            return engine.summed_loss(inputs["input_ids"][0], labels_T, lengths, recompute=recompute)
+        logits_TV = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False).logits[
+            0, :-1
+        ]
+        targets = (labels_T[1:] != -100).nonzero().flatten()
+        loss = F.cross_entropy(logits_TV[targets].float(), labels_T[1:][targets], reduction="sum")
+        return loss, len(targets)
+
+    def _activations(self) -> contextlib.AbstractContextManager[Any]:
+        if not self._plan.offload:
+            return contextlib.nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint beside its place, flush it to disk, then rename it: it is whole or absent."""
+        folder = Path(self.args.output_dir)
+        staging = folder / STAGING
+        shutil.rmtree(staging, ignore_errors=True)
+        self._staging = str(staging)
+        try:
+            Trainer._save_checkpoint(self, model, trial)  # TRL's adds a model card to every checkpoint
+        finally:
+            self._staging = None
+        name = f"checkpoint-{self.state.global_step}"
+        _flush(staging / name)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        os.replace(staging / name, folder / name)
+        shutil.rmtree(staging)
+        for old in list_checkpoints(folder)[: -self._plan.keep_checkpoints]:
+            shutil.rmtree(old)
+
+
+class _Reporter(TrainerCallback):
+    """Turns the trainer's logs into ``Metrics``."""
+
+    def __init__(self, counter: _Counter, device: torch.device, on_step: Callable[[int, Metrics | None], None]) -> None:
+        self._counter, self._device, self._on_step = counter, device, on_step
+        self._started_s = self._last_s = time.monotonic()
+        self._last_tokens = self._last_trained = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock at the first step, not when the trainer is built."""
+        self._started_s = self._last_s = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        self._on_step(state.global_step, None)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Report a logging step; the trainer's closing summary has no loss and is not one."""
+        if logs is None or "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise DivergedError(
+                f"the loss is {logs['loss']} at step {state.global_step}",
+                "Training goes on only while the loss is a finite number",
+                "Lower train.learning_rate, or raise train.warmup; the last checkpoint is whole",
+            )
+        now_s = time.monotonic()
+        passed_s = max(now_s - self._last_s, 1e-9)
+        counter = self._counter
+        metrics = Metrics(
+            step=state.global_step,
+            epoch=round(float(state.epoch or 0), 4),
+            loss=float(logs["loss"]),
+            learning_rate=float(logs["learning_rate"]),
+            grad_norm=float(logs["grad_norm"]),
+            tokens_per_s=(counter.tokens - self._last_tokens) / passed_s,
+            trained_tokens_per_s=(counter.trained_tokens - self._last_trained) / passed_s,
+            memory_gb=peak_memory_gb(self._device),
+            tokens=counter.tokens,
+            trained_tokens=counter.trained_tokens,
+            elapsed_s=now_s - self._started_s,
+        )
+        self._last_s, self._last_tokens, self._last_trained = now_s, counter.tokens, counter.trained_tokens
+        counter.history.append(metrics)
+        self._on_step(state.global_step, metrics)
+
+
+def train(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    plan: Plan,
+    folder: Path,
+    *,
+    resume_from: Path | None = None,
+    on_step: Callable[[int, Metrics | None], None] = lambda step, metrics: None,
+) -> TrainResult:
+    """Run the optimizer steps of a plan.
+
+    Args:
+        model: the PEFT model, accelerated or not; trained in place.
+        tokenizer: saved with each checkpoint.
+        rows: the training rows; their order is shuffled by the plan's seed.
+        plan: every setting, resolved.
+        folder: where checkpoints go.
+        resume_from: a checkpoint of the same plan to go on from.
+        on_step: called after each step, with metrics at logging steps.
+
+    Raises:
+        DivergedError: the loss is no longer finite.
+    """
+    counter = _Counter()
+    with quiet_libraries():
+        trainer = _build_trainer(model, tokenizer, rows, plan, counter, folder)
+        trainer.add_callback(_Reporter(counter, model.device, on_step))
+        started_s = time.monotonic()
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    seconds = time.monotonic() - started_s
+    history = counter.history
+    return TrainResult(
+        steps=trainer.state.global_step,
+        loss_first=history[0].loss if history else math.nan,
+        loss_last=history[-1].loss if history else math.nan,
+        seconds=seconds,
+        tokens_per_s=counter.tokens / seconds,
+        trained_tokens_per_s=counter.trained_tokens / seconds,
+        peak_memory_gb=peak_memory_gb(model.device),
+    )
+
+
+def _build_trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    plan: Plan,
+    counter: _Counter,
+    folder: Path,
+) -> ReasoningTrainer:
+    fast = engine_of(model) is not None
+    dtype = model.get_base_model().dtype
+    on_cuda = model.device.type == "cuda"
+    config = SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=plan.micro_batch_size,
+        gradient_accumulation_steps=plan.batch_size // plan.micro_batch_size,
+        max_steps=plan.num_steps,
+        warmup_steps=plan.warmup_steps,
+        learning_rate=plan.learning_rate,
+        lr_scheduler_type=plan.schedule,
+        optim=plan.optimizer,
+        weight_decay=plan.weight_decay,
+        max_grad_norm=plan.max_grad_norm,
+        logging_steps=plan.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a NaN is to be seen, not averaged away
+        save_strategy="steps" if plan.save_steps else "no",
+        save_steps=plan.save_steps or 1,
+        seed=plan.seed,
+        use_cpu=not on_cuda,
+        # The engine computes in the model's own dtype; the plain path needs autocast between float32 adapters and a
+        # 16-bit base. float16 needs the trainer's loss scaling either way.
+        bf16=on_cuda and not fast and dtype == torch.bfloat16,
+        fp16=on_cuda and dtype == torch.float16,
+        gradient_checkpointing=plan.recompute and not fast,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if plan.recompute and not fast else None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_cuda,
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+    )
+    masters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer = ReasoningTrainer(
+        model=model,
+        args=config,
+        data_collator=collate,
+        train_dataset=build_dataset(rows),
+        processing_class=tokenizer,
+        plan=plan,
+        counter=counter,
+    )
+    for name, parameter in model.named_parameters():
+        if name in masters:
+            parameter.data = masters[name]  # undo TRL's cast of adapters on a quantised base
+    trainer.remove_callback(PrinterCallback)  # the console is the caller's
+    return trainer
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints in a folder, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory so far, GiB: allocated by torch on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return process_peak_gb()
+
+
+def process_peak_gb() -> float:
+    """Peak resident memory of this process, GiB."""
+    if sys.platform == "win32":
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset) / 2**30
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

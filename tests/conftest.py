@@ -1,0 +1,77 @@
+"""Shared fixtures: a tiny random Llama on disk, the embedded model, and a Hub on loopback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from loopback_hub import LoopbackHub
+    from medcot.model import LoadedModel
+
+TINY_SEED = 7
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 2 layers and hidden size 64 with random weights, and a byte-level tokenizer of 262 tokens."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from medcot.quiet import quiet_libraries
+
+    folder = tmp_path_factory.mktemp("tiny")
+    specials = ["<s>", "</s>", "<think>", "</think>"]
+    tokens = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "cd"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b"), ("c", "d")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    with torch.random.fork_rng(), quiet_libraries():
+        torch.manual_seed(TINY_SEED)
+        config = LlamaConfig(
+            vocab_size=len(vocab),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def embedded() -> LoadedModel:
+    """The embedded model in fp32; shared by all tests, so none may change it (attach_lora does: load your own)."""
+    from medcot.model import load
+
+    return load("embedded", precision="fp32", device="cpu")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A Hub on 127.0.0.1 that huggingface_hub talks to for the length of one test, with a cache of its own."""
+    from huggingface_hub import constants
+
+    from loopback_hub import LoopbackHub
+
+    with LoopbackHub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        yield server

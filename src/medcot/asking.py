@@ -46,6 +46,7 @@ def answer_all(
     """Put every question to the model as it stands now; one sample line a question."""
     questions = list(dict.fromkeys((prompt.TUTORIAL_QUESTION, *recipe.ask.questions)))
     instruction = recipe.evaluate.instruction
+    style = prompt.Style(recipe.prompt.style)
     asked = [
         Example(id=f"ask-{number}", question=question, source="ask") for number, question in enumerate(questions, 1)
     ]
@@ -58,7 +59,7 @@ def answer_all(
             continue
         suffix = f" {instruction}" if kind == "eval" and instruction else ""
         worded = [example.question + suffix for example in examples]
-        prompts = [prompt.encode_prompt(question, recipe.prompt.style, tokenizer) for question in worded]
+        prompts = [prompt.encode_prompt(question, style, tokenizer) for question in worded]
         with console.generating("questions" if kind == "ask" else "graded problems", len(examples)) as on_progress:
             generated = generate(
                 model,
@@ -72,7 +73,7 @@ def answer_all(
             )
         for example, question, ids, (tokens, finish) in zip(examples, worded, prompts, generated, strict=True):
             completion = prompt.split_completion(tokens, tokenizer, num_prompt_tokens=len(ids), finish=finish)
-            text = prompt.render_prompt(question, recipe.prompt.style, tokenizer)
+            text = prompt.render_prompt(question, style, tokenizer)
             lines.append(_sample(kind, example, text, completion))
     return lines
 

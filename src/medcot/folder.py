@@ -1,8 +1,9 @@
 """The run folder: who may write to it, and how its facts reach the disk.
 
-A folder belongs to one job at a time. The job that has it holds ``.lock`` with its process number; a lock whose process
-is gone is left over from a kill, and is taken over. ``run.json`` is replaced whole at every change, so that whatever
-reads it, even after a kill, reads a complete file. Paths inside it are relative to the folder, so a run can be moved.
+A folder belongs to one job at a time. The job that has it holds ``.lock`` with its process number and start; a lock
+whose process is gone is left over from a kill, and is taken over. ``run.json`` is replaced whole at every change, so
+that whatever reads it, even after a kill, reads a complete file. Paths inside it are relative to the folder, so a run
+can be moved.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from medcot.records import Run
 RUNS = Path("runs")
 LATEST = RUNS / "latest"
 LOCK = ".lock"
+SAME_START_S = 2.0
 # Logs, samples and the report of a run; adapters, checkpoints and merged weights are estimated on top.
 MIN_FREE_BYTES = 200 * 2**20
 
@@ -85,11 +87,11 @@ def held(run: Run) -> Iterator[None]:
     for _ in range(2):
         try:
             with lock.open("x", encoding="ascii") as file:
-                file.write(str(os.getpid()))
+                file.write(f"{os.getpid()} {psutil.Process().create_time()}")
             break
         except FileExistsError:
-            owner = lock.read_text(encoding="ascii")
-            if owner.isdigit() and int(owner) != os.getpid() and psutil.pid_exists(int(owner)):
+            owner = _live_owner(lock)
+            if owner is not None:
                 raise OutputError(
                     f"'{run.folder}' is in use by process {owner}",
                     "One job writes to a run folder at a time",
@@ -100,6 +102,20 @@ def held(run: Run) -> Iterator[None]:
         yield
     finally:
         lock.unlink(missing_ok=True)
+
+
+def _live_owner(lock: Path) -> int | None:
+    """The process that holds a lock; ``None`` if it is gone, even where its number was given to another since."""
+    import psutil
+
+    number, _, started_s = lock.read_text(encoding="ascii").partition(" ")
+    try:
+        owner = psutil.Process(int(number))
+        # The system's own account of a start may move a little when its clock is set.
+        same = abs(owner.create_time() - float(started_s)) < SAME_START_S
+    except (psutil.NoSuchProcess, ValueError):  # gone; or the lock was cut short by a kill
+        return None
+    return owner.pid if same and owner.pid != os.getpid() else None
 
 
 def check_disk(folder: Path, num_bytes: int) -> None:
@@ -137,8 +153,8 @@ def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a JSON Lines file; a last line cut short by a kill is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    # Not splitlines(), which also breaks at U+2028 and its like: model text may hold them.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def _free_name(folder: Path) -> Path:

@@ -1,8 +1,8 @@
 """Answers: batched generation with the model that is in memory, before and after training.
 
 An accelerated model decodes through the engine's static cache (``engine/decoding.py``); any other uses transformers'
-own ``generate``. Both give a row the same answer whatever batch it is in, up to rounding. Sampling draws from a generator
-of its own, seeded by the caller, so that the same questions get the same draws before and after training.
+own ``generate``. Both give a row the same answer whatever batch it is in, up to rounding. Sampling draws from a
+generator of its own, seeded by the caller, so that the same questions get the same draws before and after training.
 
 R1-style sampling is temperature 0.6 and top_p 0.95 with no system prompt (DeepSeek-R1's model card); greedy decoding of
 these models loops, which is why questions are sampled and only short graded answers are decoded greedily.
@@ -97,8 +97,8 @@ def generate(
             results += _decode_fast(engine, batch, max_new_tokens, sampling, seed, eos_ids, emit, report)
         else:
             results += _decode_plain(model, batch, max_new_tokens, sampling, seed, eos_ids, emit)
-        if on_progress is not None:
-            on_progress(len(results), len(prompts))
+            if on_progress is not None:
+                on_progress(len(results), len(prompts))
     model.train(was_training)
     return results
 

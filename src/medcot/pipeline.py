@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from medcot import folder as folders
-from medcot.errors import ModelError, RecipeError
+from medcot.errors import DataError, ModelError, RecipeError
 from medcot.recipe import Recipe, dump_recipe, load_recipe
 from medcot.records import Run
 from medcot.train.progress import RunConsole
@@ -69,8 +70,10 @@ def _do(job: _Job) -> None:
     from medcot import asking, planning
 
     recipe = job.recipe
+    job.open_tracker()
     with job.stage("read data") as line:
         raw = planning.read_examples(recipe)
+        _check_unchanged(job, raw.sha256)
         problems = planning.load_test_problems(recipe.evaluate.source) if recipe.evaluate.source else []
         line.detail = f"{len(raw.examples):,} examples from {recipe.data.source}"
     with job.stage("load model") as line:
@@ -148,7 +151,7 @@ def ask(
     generate(
         model,
         loaded.tokenizer,
-        [prompt.encode_prompt(question, recipe.prompt.style, loaded.tokenizer)],
+        [prompt.encode_prompt(question, prompt.Style(recipe.prompt.style), loaded.tokenizer)],
         max_new_tokens=max_new_tokens,
         sampling=asking.choose_sampling(loaded.model, recipe.ask),
         seed=seed,
@@ -181,10 +184,17 @@ class _Job:
 
     def __enter__(self) -> _Job:
         from medcot.machine import describe_machine, list_versions
+        from medcot.tracking import NoTracker
+
+        self.tracker = NoTracker()
+        self.record(status="running", error=None, versions=list_versions(), machine=describe_machine())
+        return self
+
+    def open_tracker(self) -> None:
+        """Start tracking; from inside the job, so that a tracker that cannot start is recorded as a failed run."""
         from medcot.tracking import open_tracker
 
         tracking = self.recipe.tracking
-        self.record(status="running", error=None, versions=list_versions(), machine=describe_machine())
         self.tracker = open_tracker(
             tracking.tracker,
             project=tracking.project,
@@ -195,7 +205,6 @@ class _Job:
             config=self.recipe.model_dump(mode="json"),
             announce=self.console.warn,
         )
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is not None:
@@ -241,18 +250,8 @@ def _open(
         resolved = _resolve(recipe, overrides, stages)
         new = folders.create_run(resolved.name, out)
         folders.write_text(new.recipe, dump_recipe(resolved))
-        facts = {
-            "recipe": resolved.model_dump(mode="json"),
-            "status": "running",
-            "model": {},
-            "data": {},
-            "train": {},
-            "eval": {},
-            "artifacts": {"adapter": None, "merged": None, "report": None},
-            "timing": {},
-        }
         screen.note(f"recipe {resolved.name}; run folder {new.folder}")
-        return _Job(new, resolved, facts, screen)
+        return _Job(new, resolved, _first_facts(resolved), screen)
     if overrides or stages:
         raise RecipeError(
             f"--resume was given with {', '.join([*overrides, *stages])}",
@@ -261,7 +260,22 @@ def _open(
         )
     old = folders.find_resumable(out)
     screen.note(f"going on with {old.folder}")
-    return _Job(old, load_recipe(old.recipe), json.loads(old.facts.read_text(encoding="utf-8")), screen)
+    saved = load_recipe(old.recipe)
+    facts = json.loads(old.facts.read_text(encoding="utf-8")) if old.facts.exists() else _first_facts(saved)
+    return _Job(old, saved, facts, screen)
+
+
+def _first_facts(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "status": "running",
+        "model": {},
+        "data": {},
+        "train": {},
+        "eval": {},
+        "artifacts": {"adapter": None, "merged": None, "report": None},
+        "timing": {},
+    }
 
 
 def _load_base(recipe: Recipe) -> LoadedModel:
@@ -298,6 +312,17 @@ def _load(job: _Job) -> LoadedModel:
         }
     )
     return loaded
+
+
+def _check_unchanged(job: _Job, sha256: str) -> None:
+    """Refuse to go on with other data than the run was started with."""
+    known = job.facts["data"].get("train", {}).get("sha256", sha256)
+    if known != sha256:
+        raise DataError(
+            f"'{job.recipe.data.source}' has changed since the run was started",
+            "A resumed run trains on the rows it was started with, else its two halves would not be one run",
+            "Bring the old file back, or start a new run",
+        )
 
 
 def _keep_data(job: _Job, data: TrainingData, num_problems: int) -> None:
@@ -367,7 +392,7 @@ def _train(job: _Job, model: PeftModel, loaded: LoadedModel, data: TrainingData)
     plan, predicted_gb = planning.build_plan(job.recipe, data.rows, shape, loaded.precision, loaded.device, fast=fast)
     checkpoints = sft.list_checkpoints(job.run.checkpoints)
     resume_from = checkpoints[-1] if checkpoints else None
-    kept = _keep_metrics(job.run, resume_from)
+    _keep_metrics(job.run, resume_from)
     if resume_from is not None:
         job.console.note(f"going on from {resume_from.name}")
     with job.console.training(plan.num_steps) as bar, job.run.metrics.open("a", encoding="utf-8") as log:
@@ -393,21 +418,19 @@ def _train(job: _Job, model: PeftModel, loaded: LoadedModel, data: TrainingData)
             model, loaded.tokenizer, data.rows, plan, job.run.checkpoints, resume_from=resume_from, on_step=on_step
         )
     facts = dataclasses.asdict(result)
-    if kept:
-        facts["loss_first"] = kept[0]["loss"]  # this process saw only the steps after the checkpoint
+    logged = folders.read_lines(job.run.metrics)  # this process may have seen only the steps after a checkpoint
+    facts["loss_first"], facts["loss_last"] = logged[0]["loss"], logged[-1]["loss"]
     facts["predicted_memory_gb"] = round(predicted_gb, 2)
     facts["path"] = "engine" if fast else "plain"
     job.record(train=facts)
 
 
-def _keep_metrics(run: Run, resume_from: Path | None) -> list[dict[str, Any]]:
-    """Drop the lines of steps that will be done again; return those that stay."""
+def _keep_metrics(run: Run, resume_from: Path | None) -> None:
+    """Drop the lines of steps that will be done again."""
     if not run.metrics.exists():
-        return []
+        return
     done = int(resume_from.name.rpartition("-")[2]) if resume_from is not None else 0
-    kept = [line for line in folders.read_lines(run.metrics) if line["step"] <= done]
-    folders.write_lines(run.metrics, kept)
-    return kept
+    folders.write_lines(run.metrics, [line for line in folders.read_lines(run.metrics) if line["step"] <= done])
 
 
 def _save_adapter(job: _Job, model: PeftModel, loaded: LoadedModel) -> None:
@@ -442,6 +465,12 @@ def _prove_adapter(job: _Job, model: PeftModel, loaded: LoadedModel, before: tor
         off = _probe(model, loaded)
     changed = float((on - off).abs().max())
     drift = float((off - before).abs().max())
+    if not math.isfinite(changed):
+        raise ModelError(
+            "with the trained adapter the model's logits are not finite numbers",
+            "A trained model must give finite logits",
+            "Train again with a lower train.learning_rate, or a longer train.warmup",
+        )
     if changed == 0:
         raise ModelError(
             "the trained adapter changes no logit",

@@ -1,9 +1,9 @@
 """What a recipe will do on this machine, worked out before it is done: rows, steps, memory and time.
 
-``read_examples`` and ``encode_examples`` are the whole way from a source to rows of tokens, with everything that was set
-aside; they are two, so that a mistake in the data shows before gigabytes of weights are loaded. ``build_plan`` turns a
-recipe and those rows into final numbers. ``pipeline.run`` and ``--dry-run`` both stand on them, so what a dry run
-prints is what a run does.
+``read_examples`` and ``encode_examples`` are the whole way from a source to rows of tokens, with everything that was
+set aside; they are two, so that a mistake in the data shows before gigabytes of weights are loaded. ``build_plan``
+turns a recipe and those rows into final numbers. ``pipeline.run`` and ``--dry-run`` both stand on them, so what a dry
+run prints is what a run does.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def read_examples(recipe: Recipe) -> RawData:
         revision=data.revision,
         token=secret.value if secret else None,
     )
-    built = columns.build_examples(table, dict(data.columns))
+    built = columns.build_examples(table, {str(name): column for name, column in data.columns.items()})
     return RawData(
         data.source, table.sha256, table.revision, built.examples, list(built.quarantined), list(built.sentences)
     )
@@ -103,8 +103,8 @@ def encode_examples(raw: RawData, recipe: Recipe, tokenizer: PreTrainedTokenizer
     Raises:
         DataError: no row is left.
     """
-    options = {
-        "style": recipe.prompt.style,
+    options: dict[str, Any] = {
+        "style": prompt.Style(recipe.prompt.style),
         "tokenizer": tokenizer,
         "train_on_prompt": recipe.train.train_on_prompt,
     }
@@ -227,12 +227,12 @@ def _rows_of_steps(num_rows: int, plan: sft.Plan) -> int:
     return whole * num_rows + min(rest * plan.batch_size, num_rows)
 
 
-def _encode(example: Example, *, style: str, tokenizer: PreTrainedTokenizerBase, train_on_prompt: bool) -> Row:
+def _encode(example: Example, *, style: prompt.Style, tokenizer: PreTrainedTokenizerBase, train_on_prompt: bool) -> Row:
     return prompt.encode_row(example, style, tokenizer, train_on_prompt=train_on_prompt)
 
 
 def _shorten(
-    example: Example, max_tokens: int, *, style: str, tokenizer: PreTrainedTokenizerBase, train_on_prompt: bool
+    example: Example, max_tokens: int, *, style: prompt.Style, tokenizer: PreTrainedTokenizerBase, train_on_prompt: bool
 ) -> Row:
     return prompt.truncate_think(example, style, tokenizer, train_on_prompt=train_on_prompt, max_tokens=max_tokens)
 

@@ -44,7 +44,13 @@ def print_plan(recipe: Recipe, screen: RunConsole) -> None:
     console.print(Syntax(dump_recipe(recipe).strip(), "yaml", background_color="default"))
     raw = planning.read_examples(recipe)
     stage = recipe.model
-    tokenizer = load_tokenizer(stage.source, revision=stage.revision, trust_remote_code=stage.trust_remote_code)
+    tokenizer = load_tokenizer(
+        stage.source,
+        precision=stage.precision.value,
+        revision=stage.revision,
+        allow_pickle=stage.allow_pickle,
+        trust_remote_code=stage.trust_remote_code,
+    )
     shape = model_shape(stage.source, revision=stage.revision, trust_remote_code=stage.trust_remote_code)
     device = choose_device()
     precision, _, note = choose_precision(stage.precision.value, device)
@@ -82,7 +88,7 @@ def _tabulate(
 
 
 def guess_seconds(shape: Shape, tokens: int, precision: str, device: torch.device) -> float:
-    """A guess at the training time: 4 FLOP a weight and token (forward, and backward to the inputs), at a known rate."""
+    """A guess at the training time: 4 FLOP a weight and token (forward, and back to the inputs), at a known rate."""
     import torch
 
     if device.type == "cuda":

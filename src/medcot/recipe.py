@@ -12,6 +12,7 @@ Shorthands, so that ``medcot run data=my.jsonl`` reads as it is meant: a plain s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from importlib import resources
@@ -51,6 +52,8 @@ class Checkpointing(StrEnum):
     OFFLOAD = "offload"
     AUTO = "auto"
 
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -132,6 +135,12 @@ class TrainStage(Stage):
     save_steps: PositiveInt | None = None  # None: only at the end
     keep_checkpoints: PositiveInt = 2
     seed: int = 3407
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _on_is_a_word(cls, value: Any) -> Any:
+        """YAML 1.1 reads a bare ``on`` or ``off`` as a boolean."""
+        return ("on" if value else "off") if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainStage:
@@ -330,19 +339,14 @@ def _parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         try:
             parsed[key] = _yaml_value(value)
         except yaml.YAMLError:
-            # Not YAML ("builtin:clinic[:100]" is not, nor is "a: b"): then the user meant the text itself.
+            # Not YAML ("[a" is not, nor is "a: b: c"): then the user meant the text itself.
             parsed[key] = value
     return parsed
 
 
 def _yaml_value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-4 as text, because it has no dot
-        except ValueError:
-            return text
-    return value
+    # YAML 1.1 reads 1e-4 as text, because it has no dot.
+    return float(text) if _EXPONENT.fullmatch(text) else yaml.safe_load(text)
 
 
 def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
@@ -351,21 +355,27 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
         inner = values.get(stage)
         if not isinstance(inner, dict):
             # A shorthand string set earlier, as in "data: my.jsonl" then data.config=en, keeps its meaning.
-            field = Recipe.model_fields.get(stage)
-            first = next(iter(field.annotation.model_fields)) if field and _is_stage(field.annotation) else None
+            first = _first_key(stage)
             inner = {first: inner} if first and inner is not None else {}
             values[stage] = inner
         values = inner
-    if isinstance(values.get(last), dict) and isinstance(value, str) and last in Recipe.model_fields:
-        annotation = Recipe.model_fields[last].annotation
-        if _is_stage(annotation):
-            values[last][next(iter(annotation.model_fields))] = value
-            return
-    values[last] = value
+    first = _first_key(last) if not stages and isinstance(value, str) and isinstance(values.get(last), dict) else None
+    if first:
+        values[last][first] = value
+    else:
+        values[last] = value
 
 
-def _is_stage(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Stage)
+def _first_key(stage: str) -> str | None:
+    """The key that a lone string stands for; ``None`` where ``stage`` is no stage of a recipe."""
+    model = _stage_model(Recipe, stage)
+    return next(iter(model.model_fields)) if model else None
+
+
+def _stage_model(parent: type[Stage], name: str) -> type[Stage] | None:
+    field = parent.model_fields.get(name)
+    annotation = field.annotation if field else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Stage) else None
 
 
 def _explain(error: ValidationError, where: str) -> RecipeError:
@@ -392,10 +402,10 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
 
 
 def _known_keys(stages: list[str]) -> list[str]:
-    model: Any = Recipe
+    model: type[Stage] = Recipe
     for stage in stages:
-        field = model.model_fields.get(stage)
-        if field is None or not _is_stage(field.annotation):
+        inner = _stage_model(model, stage)
+        if inner is None:
             return []
-        model = field.annotation
+        model = inner
     return list(model.model_fields)

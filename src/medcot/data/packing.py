@@ -4,8 +4,8 @@ The rows of a batch are laid one after another in a single sequence, with positi
 token is spent on padding, and attention is told where rows begin (``engine/attention.py``), so none sees another. The
 usual padded rectangle wastes whatever the longest row leaves over, in every operation of the model.
 
-Labels are unshifted, as everywhere in transformers, and the first token of a row is always -100: nothing predicts it, so
-it must not be counted when the loss is normalised by the trained tokens of a step.
+Labels are unshifted, as everywhere in transformers, and the first token of a row is always -100: nothing predicts it,
+so it must not be counted when the loss is normalised by the trained tokens of a step.
 """
 
 from __future__ import annotations

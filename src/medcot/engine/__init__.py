@@ -1,9 +1,9 @@
 """The engine: makes the training step of a PEFT-wrapped transformers model fast without changing what it computes.
 
-``accelerate(model)`` looks at the very model it is given and builds fast counterparts of its decoder layers over the same
-weights; ``explain(model)`` says which part took which path, and why not. Nothing is patched: the model's classes and
-methods stay as they were, so anything else done with it (saving, merging, generating) goes on as before. The trainer
-asks ``engine_of(model)`` for the fast forward and uses the model itself where there is none.
+``accelerate(model)`` looks at the very model it is given and builds fast counterparts of its decoder layers over the
+same weights; ``explain(model)`` says which part took which path, and why not. Nothing is patched: the model's classes
+and methods stay as they were, so anything else done with it (saving, merging, generating) goes on as before. The
+trainer asks ``engine_of(model)`` for the fast forward and uses the model itself where there is none.
 
 A part that the engine does not know sends the whole model down the plain path: half a fast model is harder to trust
 than a slow one, and the reason is printed.
@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from medcot.engine.attention import Layout, build_layout
+from medcot.engine.attention import SHAPE_STEP, build_layout
 from medcot.engine.layers import FAMILIES, FastLayer, layer_reason, norm, window_of
 from medcot.engine.loss import token_loss
 
@@ -48,8 +49,8 @@ class Engine:
         causal_lm: the transformers model under PEFT, with ``model`` (decoder) and ``lm_head``.
     """
 
-    def __init__(self, causal_lm: nn.Module) -> None:
-        self.causal_lm: Any = causal_lm
+    def __init__(self, causal_lm: Any) -> None:
+        self.causal_lm = causal_lm
         self.decoder: Any = self.causal_lm.model
         config = self.causal_lm.config
         self.dtype: torch.dtype = self.decoder.norm.weight.dtype
@@ -73,6 +74,10 @@ class Engine:
             lengths: tokens of each row; they add up to T.
             recompute: keep each layer's input only, and compute the rest again in the backward pass.
         """
+        num_tokens = len(ids_T)
+        if ids_T.device.type == "cpu" and num_tokens % SHAPE_STEP:
+            filler = SHAPE_STEP - num_tokens % SHAPE_STEP  # a row of its own, seen by no other
+            ids_T, lengths = F.pad(ids_T, (0, filler)), [*lengths, filler]
         layout = build_layout(lengths, ids_T.device)
         positions_T = torch.cat([torch.arange(length) for length in lengths]).to(ids_T.device)
         hidden_TD, cos_TC, sin_TC = self.embed(ids_T, positions_T)
@@ -81,7 +86,7 @@ class Engine:
                 hidden_TD = checkpoint(layer, hidden_TD, cos_TC, sin_TC, layout, use_reentrant=False)
             else:
                 hidden_TD = layer(hidden_TD, cos_TC, sin_TC, layout)
-        return norm(self.decoder.norm, hidden_TD)
+        return norm(self.decoder.norm, hidden_TD[:num_tokens])
 
     def summed_loss(
         self, ids_T: Tensor, labels_T: Tensor, lengths: Sequence[int], *, recompute: bool = False
@@ -120,6 +125,7 @@ def accelerate(model: nn.Module) -> Explanation:
     causal_lm = _causal_lm(model)
     reason = _plain_reason(causal_lm)
     if reason is not None:
+        vars(model).pop(_ENGINE, None)  # of an earlier call, when the model was another
         explanation = Explanation(fast=False, reason=reason)
     else:
         if engine_of(model) is None:

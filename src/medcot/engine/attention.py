@@ -36,18 +36,30 @@ QUERY_BLOCK = 256
 KEEP_PROBABILITIES = 8_000_000
 
 
+# oneDNN compiles each matrix product for its exact shape, about 0.5 ms apiece, and a step has some thirty of them: with a
+# new number of tokens every step that was 13 % of the time. Numbers of tokens are therefore rounded up to this step.
+SHAPE_STEP = 16
+
+
+def round_up(number: int, step: int) -> int:
+    """The next multiple of ``step``."""
+    return -(-number // step) * step
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where each row lies in a flattened batch; made once a forward and shared by its layers.
 
     Attributes:
         lengths: tokens of each row.
+        padded_length: L, slots a row has where rows are padded; at least the longest row.
         cu_seqlens: int32 (B + 1) row starts, on the batch's device.
         to_padded: (B·L) position in the flat batch of each padded slot; padding repeats token 0, and is never read.
         to_flat: (T) padded slot of each token.
     """
 
     lengths: tuple[int, ...]
+    padded_length: int
     cu_seqlens: Tensor
     to_padded: Tensor
     to_flat: Tensor
@@ -58,18 +70,14 @@ class Layout:
         """Tokens of the longest row."""
         return max(self.lengths)
 
-    @property
-    def num_padding(self) -> int:
-        """Padded slots that hold no token."""
-        return len(self.lengths) * self.longest - sum(self.lengths)
-
 
 def build_layout(lengths: Sequence[int], device: torch.device) -> Layout:
     """Build the layout of rows of the given lengths."""
-    longest, starts = max(lengths), [0]
+    starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
-    slots = torch.arange(longest)
+    padded_length = round_up(max(lengths), SHAPE_STEP)
+    slots = torch.arange(padded_length)
     lengths_B1 = torch.tensor(list(lengths))[:, None]
     starts_B1 = torch.tensor(starts[:-1])[:, None]
     real_BL = slots[None] < lengths_B1
@@ -77,6 +85,7 @@ def build_layout(lengths: Sequence[int], device: torch.device) -> Layout:
     to_flat = real_BL.flatten().nonzero().flatten()
     return Layout(
         tuple(lengths),
+        padded_length,
         torch.tensor(starts, dtype=torch.int32, device=device),
         to_padded.to(device),
         to_flat.to(device),
@@ -91,7 +100,7 @@ class PaddedAttention(torch.autograd.Function):
     def forward(ctx: Any, fused_TNC: Tensor, layout: Layout, num_kv: int, window: int | None) -> Tensor:
         """Return (T, H, C)."""
         q, k, v = _gather(fused_TNC, layout, num_kv)
-        num_rows, longest = len(layout.lengths), layout.longest
+        num_rows, longest = len(layout.lengths), layout.padded_length
         groups, num_heads = q.shape[1], fused_TNC.shape[1] - 2 * num_kv
         keep = num_heads * num_rows * longest * longest <= KEEP_PROBABILITIES
         out = torch.empty_like(q)
@@ -113,7 +122,7 @@ class PaddedAttention(torch.autograd.Function):
         d_out = _gather_queries(d_out_THC, ctx.layout, ctx.num_kv)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         scale = q.shape[-1] ** -0.5
-        for number, start in enumerate(range(0, ctx.layout.longest, QUERY_BLOCK)):
+        for number, start in enumerate(range(0, ctx.layout.padded_length, QUERY_BLOCK)):
             block = slice(start, start + QUERY_BLOCK)
             if kept:
                 p, keys = kept[number], _keys(start, q.shape[2], ctx.window)
@@ -158,7 +167,7 @@ def _gather(fused_TNC: Tensor, layout: Layout, num_kv: int) -> tuple[Tensor, Ten
     """Flat to padded: q (G·B, J, L, C), k and v (G·B, L, C)."""
     num_heads = fused_TNC.shape[1] - 2 * num_kv
     padded = fused_TNC.index_select(0, layout.to_padded)
-    padded = padded.view(len(layout.lengths), layout.longest, *fused_TNC.shape[1:])
+    padded = padded.view(len(layout.lengths), layout.padded_length, *fused_TNC.shape[1:])
     q, k, v = padded.split([num_heads, num_kv, num_kv], 2)
     k, v = (part.permute(2, 0, 1, 3).flatten(0, 1).contiguous() for part in (k, v))
     return _fold_queries(q, num_kv), k, v
@@ -174,7 +183,7 @@ def _gather_queries(x_THC: Tensor, layout: Layout, num_kv: int) -> Tensor:
     """Flat gradients to the queries' padded layout, padding set to zero so that it adds nothing to dK and dV."""
     padded = x_THC.index_select(0, layout.to_padded)
     padded[layout.is_padding] = 0
-    return _fold_queries(padded.view(len(layout.lengths), layout.longest, *x_THC.shape[1:]), num_kv)
+    return _fold_queries(padded.view(len(layout.lengths), layout.padded_length, *x_THC.shape[1:]), num_kv)
 
 
 def _scatter_queries(out: Tensor, layout: Layout, num_kv: int) -> Tensor:

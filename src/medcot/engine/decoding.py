@@ -1,10 +1,10 @@
 """Decoding with a static key/value cache: the same layers as training, one token a row at a time.
 
-transformers' default cache grows by concatenation, which copies every key and value of every layer at each token; at 100
-rows that is most of the time on a CPU. Here the cache is one block, allocated once. Prompts are aligned at their right
-end, so that each new token of every row lands in the same slot and is written as one slice; a mask hides the empty slots
-at the left of shorter prompts, and positions count from each row's own first token, so a row's answer does not depend on
-its neighbours' lengths. Rows that have finished are dropped from the cache in batches.
+transformers' default cache grows by concatenation, which copies every key and value of every layer at each token; at
+100 rows that is most of the time on a CPU. Here the cache is one block, allocated once. Prompts are aligned at their
+right end, so that each new token of every row lands in the same slot and is written as one slice; a mask hides the
+empty slots at the left of shorter prompts, and positions count from each row's own first token, so a row's answer does
+not depend on its neighbours' lengths. Rows that have finished are dropped from the cache in batches.
 
 Adapters are applied unmerged, as they are switched when decoding starts.
 
@@ -52,10 +52,8 @@ class Decoder:
         self.keys = [torch.zeros(shape, dtype=engine.dtype, device=self.device) for _ in self.layers]
         self.values = [torch.zeros(shape, dtype=engine.dtype, device=self.device) for _ in self.layers]
         self.positions_B = torch.tensor(self.lengths, device=self.device)
-        # Slots that are empty (left of a prompt) or not yet written are hidden.
-        slot_S = torch.arange(slots, device=self.device)
-        self.starts_B = self.used - self.positions_B
-        self.slot_S = slot_S
+        self.starts_B = self.used - self.positions_B  # the slots left of a shorter prompt are empty
+        self.slot_S = torch.arange(slots, device=self.device)
 
     def prefill(self) -> Tensor:
         """Read all prompts; return the logits of each row's first new token, (B, V)."""

@@ -9,7 +9,7 @@ keeping it would cost the memory that quantisation saved.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class Nf4Weight:
 
     def __init__(self, parts: Sequence[nn.Linear], dtype: torch.dtype) -> None:
         self.out_features = [part.out_features for part in parts]
-        self._parameters = [part.weight for part in parts]
+        self._parameters: list[Any] = [part.weight for part in parts]  # with the quant_state that bitsandbytes adds
         self._shape = (sum(self.out_features), parts[0].in_features)
         self._dtype = dtype
 
@@ -80,7 +80,7 @@ def unknown_storage(base: nn.Module) -> str | None:
     """Say why a base layer's storage is not one we know, or ``None``."""
     if type(base) is nn.Linear:
         return None
-    if type(base).__name__ == "Linear4bit" and base.weight.device.type == "cuda":  # type: ignore[union-attr]
-        quant_type = base.weight.quant_type  # type: ignore[union-attr]
+    if type(base).__name__ == "Linear4bit" and next(base.parameters()).device.type == "cuda":
+        quant_type = cast(Any, base).weight.quant_type
         return None if quant_type == "nf4" else f"its base is quantised as {quant_type}"
     return f"its base is {type(base).__name__} on {next(base.parameters()).device.type}"

@@ -1,8 +1,8 @@
 """One decoder layer of the Llama family, on flattened rows, with every fast part in its place.
 
-Llama, Qwen2, Qwen3 and Mistral name their parts alike; what differs is a line of ``FAMILIES`` (Qwen3 norms its query and
-key heads; biases and windows are found on the modules and in the configuration). A new family of this build is a row
-there. Hidden states have no batch axis: (T, D), the rows of a batch end to end.
+Llama, Qwen2, Qwen3 and Mistral name their parts alike; what differs is a line of ``FAMILIES`` (Qwen3 norms its query
+and key heads; biases and windows are found on the modules and in the configuration). A new family of this build is a
+row there. Hidden states have no batch axis: (T, D), the rows of a batch end to end.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class FastLayer:
         dtype: compute dtype.
     """
 
-    def __init__(self, layer: nn.Module, family: Family, window: int | None, dtype: torch.dtype) -> None:
-        self.layer: Any = layer
+    def __init__(self, layer: Any, family: Family, window: int | None, dtype: torch.dtype) -> None:
+        self.layer = layer
         self.family = family
         self.window = window
         projections = [Projection(parts, dtype) for parts in _groups(layer)]

@@ -5,9 +5,9 @@ the activation to the adapter's float32 once per adapter, and keeps every copy f
 weights of a group act as one (N, D) matrix (``frozen.py``), so the base costs one GEMM; the low-rank products are added
 into its output in place; the activation is kept once.
 
-Backward, for ``y = x Wᵀ + s · (x Aᵢᵀ) Bᵢᵀ`` with W frozen (Hu et al. 2021, arXiv:2106.09685), writing ``uᵢ = x Aᵢᵀ``:
+Backward, for ``y = x Wᵀ + s · (x Aᵢᵀ) Bᵢᵀ`` with W frozen (Hu et al. 2021, arXiv:2106.09685), and ``uᵢ = s · x Aᵢᵀ``:
 
-    dBᵢ = s · dyᵢᵀ uᵢ          duᵢ = s · dyᵢ Bᵢ          dAᵢ = duᵢᵀ x          dx = dy W + Σ duᵢ Aᵢ
+    dBᵢ = dyᵢᵀ uᵢ          duᵢ = s · dyᵢ Bᵢ          dAᵢ = duᵢᵀ x          dx = dy W + Σ duᵢ Aᵢ
 
 There is no ``dW``. ``uᵢ`` is kept (R columns a projection); the concatenated A of a group makes all ``uᵢ`` one GEMM,
 and all ``dAᵢ`` another. The adapter stays in its own dtype (float32 master weights) and is cast to the activation's
@@ -51,34 +51,37 @@ class LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Return dx and every dA, dB; see the head of the file."""
         x_TD, A_RD, u_TR, *B_list = ctx.saved_tensors
-        du_TR = torch.empty_like(u_TR)
-        dBs = []
-        for (dy_columns, u_columns, B), du_columns in zip(
-            _columns(dy_TN, u_TR, B_list), _split_ranks(du_TR, B_list), strict=True
-        ):
-            torch.mul(dy_columns @ B, ctx.scale, out=du_columns)
-            dBs.append((dy_columns.T @ u_columns).mul_(ctx.scale))
+        columns = _columns(dy_TN, u_TR, B_list)
+        dBs = [dy_columns.T @ u_columns for dy_columns, u_columns, _ in columns]
+        du_TR = _join([dy_columns @ B for dy_columns, _, B in columns])
+        if ctx.scale != 1:
+            du_TR *= ctx.scale
         dA_RD = du_TR.T @ x_TD
         dx_TD = None
         if ctx.needs_input_grad[0]:
             dx_TD = (dy_TN @ ctx.weight.dense()).addmm_(du_TR, A_RD)
-        gradients: list[Tensor] = []
-        for dA, dB in zip(_split_ranks(dA_RD.T, B_list), dBs, strict=True):
-            gradients += [dA.T, dB]
-        typed = [g.to(dtype) for g, dtype in zip(gradients, ctx.adapter_dtypes, strict=True)]
+        dAs = dA_RD.split([B.shape[1] for B in B_list])
+        gradients = [gradient for pair in zip(dAs, dBs, strict=True) for gradient in pair]
+        typed = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.adapter_dtypes, strict=True)]
         return dx_TD, None, None, None, *typed
 
 
 def add_low_rank_(y_TN: Tensor, x_TD: Tensor, A_RD: Tensor, Bs: Sequence[Tensor], scale: float) -> Tensor:
-    """Add each projection's ``scale · (x Aᵢᵀ) Bᵢᵀ`` to its columns of y, in place; return the stacked ``x Aᵀ``."""
+    """Add each projection's ``scale · (x Aᵢᵀ) Bᵢᵀ`` to its columns of y, in place; return ``scale · x Aᵀ``, stacked."""
     u_TR = x_TD @ A_RD.T
+    if scale != 1:
+        u_TR *= scale
     for y_columns, u_columns, B in _columns(y_TN, u_TR, Bs):
-        y_columns.addmm_(u_columns, B.T, alpha=scale)
+        y_columns.addmm_(u_columns, B.T)
     return u_TR
 
 
 def _stack(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return As[0].to(dtype) if len(As) == 1 else torch.cat([A.to(dtype) for A in As])
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
 
 
 def _split_ranks(u_TR: Tensor, Bs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -22,24 +22,39 @@ PLAIN_PATH_FACTOR = 2.3
 
 
 class ModelShape(Protocol):
-    """The sizes that the formula needs; ``medcot.weights.Shape`` has them."""
+    """The sizes that the formula needs; ``medcot.shapes.Shape`` has them."""
 
     @property
-    def num_layers(self) -> int: ...
+    def num_layers(self) -> int:
+        """Decoder layers."""
+
     @property
-    def hidden(self) -> int: ...
+    def hidden(self) -> int:
+        """D."""
+
     @property
-    def intermediate(self) -> int: ...
+    def intermediate(self) -> int:
+        """F."""
+
     @property
-    def heads(self) -> int: ...
+    def heads(self) -> int:
+        """H."""
+
     @property
-    def kv_heads(self) -> int: ...
+    def kv_heads(self) -> int:
+        """G."""
+
     @property
-    def head_dim(self) -> int: ...
+    def head_dim(self) -> int:
+        """C."""
+
     @property
-    def vocab(self) -> int: ...
+    def vocab(self) -> int:
+        """V."""
+
     @property
-    def num_params(self) -> int: ...
+    def num_params(self) -> int:
+        """All weights, embedding and head included."""
 
 
 def weight_gb(shape: ModelShape, precision: str) -> float:

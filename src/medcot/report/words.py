@@ -102,6 +102,14 @@ _LABELS = {
     "os": "OS",
     "memory_gb": "Memory, GB",
     "max_grad_norm": "Gradient norm at most",
+    "cha2ds2_vasc": "CHA₂DS₂-VASc",
+    "curb65": "CURB-65",
+    "glasgow_fall": "Fall in Glasgow score",
+    "mcisaac": "McIsaac score",
+    "pack_years": "Pack-years",
+    "qtc_hodges": "QTc (Hodges)",
+    "unit_thousand": "Units (× 1000)",
+    "winters_gap": "Winters' PaCO₂ gap",
 }
 
 

@@ -136,6 +136,8 @@ class ReasoningTrainer(SFTTrainer):
         self._plan, self._counter = plan, counter
         self._staging: str | None = None
         super().__init__(*args, **kwargs)
+        # Whether or not the model's forward takes it: compute_loss takes the step's token count, and divides by it.
+        self.model_accepts_loss_kwargs = True
 
     def compute_loss(
         self,
@@ -175,6 +177,7 @@ class ReasoningTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint beside its place, flush it to disk, then rename it: it is whole or absent."""
+        assert self.args.output_dir is not None, "_build_trainer names it"
         folder = Path(self.args.output_dir)
         staging = folder / STAGING
         shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,264 @@
+"""Plans: steps, splits and memory as numbers, and every row accounted for on its way to tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from medcot import planning
+from medcot.engine.memory import predict_peak_gb
+from medcot.errors import DataError, RecipeError
+from medcot.recipe import Recipe, load_recipe
+from medcot.records import Row
+from medcot.shapes import DISTILLS, EMBEDDED_SHAPE
+
+CPU = torch.device("cpu")
+LLAMA_8B = DISTILLS["deepseek-ai/DeepSeek-R1-Distill-Llama-8B"]
+START = {"prompt": {"style": "short"}, "train": {"max_steps": None, "epochs": 1}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_folder)
+
+
+def _recipe(*overrides: str) -> Recipe:
+    return load_recipe(Recipe(), overrides, START)
+
+
+def _row(length: int) -> Row:
+    ids = list(range(length))
+    return Row("r", ids, ids, (0, 1), (1, length - 2), (length - 2, length - 1), (length - 1, length))
+
+
+def _write(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _raw(question: str = "How much?", reasoning: str = "I count.", response: str = "Two.") -> dict[str, Any]:
+    return {"Question": question, "Complex_CoT": reasoning, "Response": response}
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+def test_facts_of_the_data_have_the_promised_keys(tmp_path, tokenizer):
+    recipe = _recipe(f"data={_write(tmp_path, [_raw(), _raw('And now?'), _raw('')])}")
+    data = planning.encode_examples(planning.read_examples(recipe), recipe, tokenizer)
+    facts = data.facts()
+    assert facts.keys() == {"source", "revision", "rows", "tokens", "trained_tokens", "sha256", "quarantined"}
+    assert (facts["rows"], facts["quarantined"]) == (2, 1)
+    assert facts["tokens"] == sum(len(row.input_ids) for row in data.rows)
+    assert 0 < facts["trained_tokens"] < facts["tokens"]
+    whole = load_recipe(recipe, ["train.train_on_prompt=true"])
+    everything = planning.encode_examples(planning.read_examples(whole), whole, tokenizer).facts()
+    assert everything["trained_tokens"] == everything["tokens"] - 2  # the first token of a row is never predicted
+
+
+def test_rows_set_aside_keep_their_number_in_the_file(tmp_path, tokenizer):
+    rows = [_raw(), _raw(response=" "), _raw(), _raw(reasoning="so. " * 200), {**_raw(), "Question": None}, _raw()]
+    recipe = _recipe(f"data={_write(tmp_path, rows)}", "model.max_seq_length=100")
+    data = planning.encode_examples(planning.read_examples(recipe), recipe, tokenizer)
+    reasons = {item.row_number: item.reason for item in data.quarantined}
+    assert reasons.keys() == {2, 4, 5} and len(data.rows) == 3
+    assert "limit 100" in reasons[4] and "Response" in reasons[2] and "Question" in reasons[5]
+
+
+def test_sha256_is_that_of_the_rows_and_follows_them(tmp_path):
+    def digest(*overrides: str) -> str:
+        return planning.read_examples(_recipe(*overrides)).sha256
+
+    path = _write(tmp_path, [_raw()])
+    first = digest(f"data={path}")
+    assert first == digest(f"data={path}") and len(first) == 64
+    _write(tmp_path, [_raw(response="Three.")])
+    assert digest(f"data={path}") != first
+    clinic = digest("data=builtin:clinic[:5]")
+    assert clinic == digest("data=builtin:clinic[:5]") != digest("data=builtin:clinic[:6]")
+
+
+def test_the_clinic_makes_as_many_as_asked():
+    assert len(planning.read_examples(_recipe("data=builtin:clinic[:7]")).examples) == 7
+    assert len(planning.read_examples(_recipe("data=builtin:clinic")).examples) == planning.CLINIC_ROWS
+
+
+def test_training_and_test_problems_of_the_clinic_differ():
+    train = {example.question for example in planning.read_examples(_recipe("data=builtin:clinic")).examples}
+    test = planning.load_test_problems("builtin:clinic[:40]")
+    assert len(test) == 40 and not train & {problem.question for problem in test}
+    assert len(planning.load_test_problems("builtin:clinic")) == 100
+    assert all(problem.gold and problem.topic for problem in test)
+
+
+def test_an_evaluation_set_that_cannot_be_graded_is_refused():
+    with pytest.raises(RecipeError, match=r"evaluate\.source is 'my\.jsonl'"):
+        planning.load_test_problems("my.jsonl")
+
+
+def test_no_problems_at_all_are_refused():
+    with pytest.raises(DataError):
+        planning.read_examples(_recipe("data=builtin:clinic[:0]"))
+
+
+# Rows over the limit --------------------------------------------------------------------------------------------------
+
+LONG = _raw(reasoning="First this. " + "Then that. " * 60 + "Last of all.", response="Final answer: 2 mL")
+
+
+def _encode(folder: Path, tokenizer: PreTrainedTokenizerBase, policy: str, rows: list[dict[str, Any]]) -> Any:
+    recipe = _recipe(f"data={_write(folder, rows)}", "model.max_seq_length=150", f"data.over_length={policy}")
+    return planning.encode_examples(planning.read_examples(recipe), recipe, tokenizer)
+
+
+def test_drop_keeps_the_rest_and_lists_the_row(tmp_path, tokenizer):
+    data = _encode(tmp_path, tokenizer, "drop", [_raw(), LONG])
+    assert len(data.rows) == 1 and [item.row_number for item in data.quarantined] == [2]
+
+
+def test_error_stops_before_anything_is_trained(tmp_path, tokenizer):
+    with pytest.raises(DataError, match="1 of 2 rows are over 150 tokens"):
+        _encode(tmp_path, tokenizer, "error", [_raw(), LONG])
+
+
+def test_truncating_cuts_only_the_middle_of_the_thinking(tmp_path, tokenizer):
+    data = _encode(tmp_path, tokenizer, "truncate_think", [_raw(), LONG])
+    assert not data.quarantined and any("1 rows had the middle" in sentence for sentence in data.sentences)
+    long = data.rows[1]
+    text = tokenizer.decode(long.input_ids)
+    assert long.num_tokens <= 150
+    assert text.startswith("How much?\n<think>First this.") and " … " in text
+    assert text.endswith("Last of all.</think>Final answer: 2 mL</s>")
+    assert long.input_ids[-1] == long.labels[-1] == tokenizer.eos_token_id
+
+
+def test_truncating_never_cuts_the_answer(tmp_path, tokenizer):
+    data = _encode(tmp_path, tokenizer, "truncate_think", [_raw(), _raw(response="word " * 60)])
+    assert len(data.rows) == 1 and [item.row_number for item in data.quarantined] == [2]
+
+
+def test_no_row_left_is_an_error_that_names_the_length_needed(tmp_path, tokenizer):
+    with pytest.raises(DataError, match=r"No row is left of 1.*Set model\.max_seq_length to at least \d+"):
+        _encode(tmp_path, tokenizer, "drop", [LONG])
+
+
+# Plans ----------------------------------------------------------------------------------------------------------------
+
+
+def _plan(*overrides: str, num_rows: int = 20, length: int = 100, device: torch.device = CPU, fast: bool = True):
+    rows = [_row(length)] * num_rows
+    return planning.build_plan(_recipe(*overrides), rows, EMBEDDED_SHAPE, "bf16", device, fast=fast)
+
+
+def test_a_plan_carries_the_recipe_s_numbers():
+    plan, _ = _plan(
+        "train.learning_rate=1e-3", "train.weight_decay=0.1", "train.schedule=cosine", "train.max_grad_norm=0.5",
+        "train.seed=7", "train.save_steps=4", "train.keep_checkpoints=3", "train.logging_steps=2",
+    )  # fmt: skip
+    assert (plan.learning_rate, plan.weight_decay, plan.schedule) == (1e-3, 0.1, "cosine")
+    assert (plan.max_grad_norm, plan.seed, plan.save_steps, plan.keep_checkpoints) == (0.5, 7, 4, 3)
+    assert plan.logging_steps == 2 and plan.optimizer == "adamw_torch_fused"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps", "warmup"),
+    [
+        (["train.epochs=1"], 3, 5),
+        (["train.epochs=4", "train.warmup=0.25"], 12, 3),
+        (["train.epochs=null", "train.max_steps=60"], 60, 5),
+        (["train.batch_size=4", "train.warmup=0"], 5, 0),
+    ],
+)
+def test_steps_and_warmup_come_out_of_the_rows(overrides, steps, warmup):
+    plan, _ = _plan(*overrides)
+    assert (plan.num_steps, plan.warmup_steps) == (steps, warmup)
+
+
+def test_the_whole_step_is_one_forward_where_memory_allows(monkeypatch):
+    monkeypatch.setattr(planning, "free_memory_gb", lambda device: 100.0)
+    plan, _ = _plan()
+    assert (plan.micro_batch_size, plan.recompute, plan.offload) == (8, False, False)
+
+
+def test_short_memory_first_recomputes_then_splits(monkeypatch):
+    sizes = []
+    needs = {
+        (micro, recompute): predict_peak_gb(
+            EMBEDDED_SHAPE, "bf16", tokens=1000 * micro, rank=16, recompute=recompute, on_cpu=True
+        )
+        for micro in (8, 4, 2, 1)
+        for recompute in (True, False)
+    }
+    for free_gb in (
+        needs[8, False] * 1.01, needs[8, True] * 1.01, needs[4, True] * 1.01, needs[2, True] * 1.01, 0.1
+    ):  # fmt: skip
+        monkeypatch.setattr(planning, "free_memory_gb", lambda device, gb=free_gb: gb / planning.MEMORY_SHARE)
+        plan, predicted_gb = _plan(length=1000)
+        sizes.append((plan.micro_batch_size, plan.recompute))
+        assert predicted_gb == needs[sizes[-1]]
+    assert sizes == [(8, False), (8, True), (4, True), (2, True), (1, True)]
+
+
+def test_what_the_recipe_says_of_splits_and_recomputing_is_kept(monkeypatch):
+    monkeypatch.setattr(planning, "free_memory_gb", lambda device: 0.1)
+    plan, _ = _plan("train.micro_batch_size=4", "train.gradient_checkpointing='off'")
+    assert (plan.micro_batch_size, plan.recompute) == (4, False)
+    monkeypatch.setattr(planning, "free_memory_gb", lambda device: 100.0)
+    assert _plan("train.gradient_checkpointing='on'")[0].recompute
+    offloading, _ = _plan("train.gradient_checkpointing=offload")
+    assert offloading.recompute and offloading.offload
+
+
+def test_a_split_only_takes_divisors(monkeypatch):
+    monkeypatch.setattr(planning, "free_memory_gb", lambda device: 0.1)
+    assert _plan("train.batch_size=7")[0].micro_batch_size == 1
+    with pytest.raises(RecipeError, match=r"micro_batch_size=3 does not divide train\.batch_size=8.*\[1, 2, 4, 8\]"):
+        _plan("train.micro_batch_size=3")
+
+
+def test_the_longest_rows_decide_the_memory():
+    even, _ = planning.build_plan(_recipe(), [_row(100)] * 16, EMBEDDED_SHAPE, "bf16", CPU, fast=True)
+    rows = [_row(10)] * 8 + [_row(190)] * 8
+    assert even.num_steps == 2
+    gb = planning.build_plan(_recipe(), rows, EMBEDDED_SHAPE, "bf16", CPU, fast=True)[1]
+    assert gb == planning.build_plan(_recipe(), [_row(190)] * 8, EMBEDDED_SHAPE, "bf16", CPU, fast=True)[1]
+
+
+def test_predicted_memory_is_near_what_was_measured():
+    # The tutorial's step on an H200 (8 rows of 790 tokens, NF4, one forward): 35.3 GB kept whole, 8.9 GB recomputed.
+    tokens = 8 * 790
+    whole = predict_peak_gb(LLAMA_8B, "nf4", tokens=tokens, rank=16, recompute=False)
+    recomputed = predict_peak_gb(LLAMA_8B, "nf4", tokens=tokens, rank=16, recompute=True)
+    assert whole == pytest.approx(35.3, rel=0.25) and recomputed == pytest.approx(8.9, rel=0.25)
+    assert predict_peak_gb(LLAMA_8B, "nf4", tokens=tokens, rank=16, recompute=False, fast=False) > whole
+    small = predict_peak_gb(EMBEDDED_SHAPE, "bf16", tokens=400, rank=16, recompute=False, on_cpu=True)
+    assert 1.0 < small < 3.0
+
+
+def test_disk_is_counted_for_checkpoints_adapter_and_merged_weights():
+    adapter = 4 * 41_943_040  # Llama 8B, rank 16, seven projections, float32
+
+    def bytes_of(*overrides: str) -> int:
+        return planning.estimate_disk_bytes(_recipe(*overrides), LLAMA_8B)
+
+    assert bytes_of() == adapter
+    assert bytes_of("train.save_steps=5", "train.keep_checkpoints=1") == adapter * (1 + 2 * 3)
+    assert bytes_of("save.merged=true") == adapter + 2 * LLAMA_8B.num_params
+
+
+@pytest.mark.parametrize(("steps", "rows"), [(3, 12), (5, 18), (6, 22), (7, 26), (12, 44)])
+def test_tokens_of_a_run_follow_its_steps(steps, rows):
+    # 18 rows in steps of 4: an epoch is 4 + 4 + 4 + 4 + 2. Steps past it start the next epoch.
+    plan = SimpleNamespace(num_steps=steps, batch_size=4)
+    assert planning.tokens_of_run([_row(10)] * 18, plan) == 10 * rows
+
+
+def test_free_memory_of_this_machine_is_plausible():
+    assert 0.1 < planning.free_memory_gb(CPU) < 2**14

@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny random Llama on disk, the embedded model, and a Hub on loopback."""
+"""Shared fixtures: tiny Llamas on disk, rows and a recipe for them, the embedded model, and a Hub on loopback."""
 
 from __future__ import annotations
 
@@ -48,6 +48,54 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         LlamaForCausalLM(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with weights that depend on nothing but NumPy's generator, so that losses can be stored."""
+    import shutil
+
+    import numpy as np
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    copied = tmp_path_factory.mktemp("golden") / "model"
+    shutil.copytree(tiny_folder, copied)
+    weights = load_file(copied / "model.safetensors")
+    draws = np.random.default_rng(3407)
+    for name in sorted(weights):
+        if not name.endswith("norm.weight"):
+            weights[name] = torch.from_numpy(draws.normal(0, 0.08, tuple(weights[name].shape)).astype("float32"))
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    return copied
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eighteen short rows of sums."""
+    from tiny_runs import make_rows, write_rows
+
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", make_rows())
+
+
+@pytest.fixture(scope="session")
+def recipe_file(model_folder: Path, rows_file: Path) -> Path:
+    """A recipe that is done in a second or two: no graded problems, one short question."""
+    import yaml
+
+    values = {
+        "model": {"source": str(model_folder), "precision": "fp32", "max_seq_length": 512},
+        "prompt": "short",
+        "data": str(rows_file),
+        "lora": {"r": 8, "alpha": 16},
+        "train": {"batch_size": 4, "max_steps": 4, "warmup": 2, "learning_rate": 0.01, "logging_steps": 1},
+        "ask": {"max_new_tokens": 4},
+        "evaluate": {"source": None},
+        "tracking": "none",
+    }
+    path = rows_file.with_name("tiny.yaml")
+    path.write_text(yaml.safe_dump(values))
+    return path
 
 
 @pytest.fixture(scope="session")

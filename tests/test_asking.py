@@ -49,7 +49,10 @@ class FakeModel:
         texts = self.answers if graded else ["asked</think>and answered"] * len(prompts)
         eos = tokenizer.eos_token_id
         tokens = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        return [([*ids, eos], Finish.EOS) if "</think>" in t else (ids, Finish.LENGTH) for ids, t in zip(tokens, texts)]
+        return [
+            ([*ids, eos], Finish.EOS) if "</think>" in text else (ids, Finish.LENGTH)
+            for ids, text in zip(tokens, texts, strict=True)
+        ]
 
 
 def _recipe(*overrides: str) -> Recipe:

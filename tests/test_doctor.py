@@ -122,6 +122,13 @@ def test_libraries_missing_outside_and_untested(monkeypatch):
     ]
 
 
+def test_a_name_spelt_with_a_hyphen_is_the_same_library(monkeypatch):
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["huggingface-hub>=1.30"])
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: doctor.TESTED["huggingface_hub"])
+    (finding,) = doctor._look_at_libraries()
+    assert finding.text == f"as tested: huggingface_hub {doctor.TESTED['huggingface_hub']}"
+
+
 def test_bitsandbytes_that_cannot_load_is_no_crash(monkeypatch):
     def refuse(name: str) -> types.ModuleType:
         raise RuntimeError("native library not available\nlong traceback")

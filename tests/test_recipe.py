@@ -236,7 +236,7 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, said):
 def test_a_missing_file_and_an_unknown_name_are_told_apart(tmp_path):
     with pytest.raises(RecipeError, match="cannot be read: No such file"):
         load_recipe(tmp_path / "none.yaml")
-    with pytest.raises(RecipeError, match="no recipe is named 'tutorial-8'.*Did you mean 'tutorial-8b'"):
+    with pytest.raises(RecipeError, match=r"no recipe is named 'tutorial-8'.*Did you mean 'tutorial-8b'"):
         load_recipe("tutorial-8")
 
 

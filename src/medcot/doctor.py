@@ -156,7 +156,7 @@ def _look_at_disk() -> list[Finding]:
 def _look_at_libraries() -> list[Finding]:
     findings, tested = [], []
     for requirement, installed in _requirements():
-        name = str(requirement.name)
+        name = requirement.name.replace("-", "_")  # a wheel's metadata may spell huggingface_hub with a hyphen
         if installed is None:
             findings.append(
                 Finding("libraries", Status.PROBLEM, f"{name} is not installed; pip install '{requirement}'")

@@ -10,7 +10,8 @@ these models loops, which is why questions are sampled and only short graded ans
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from medcot.engine.decoding import Decoder
 from medcot.records import Finish
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 DEFAULT_TEMPERATURE = 0.6
 DEFAULT_TOP_P = 0.95
@@ -89,17 +90,19 @@ def generate(
     was_training = model.training
     model.eval()
     results: list[Generated] = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        emit = None if on_token is None else _offset(on_token, start)
-        report = None if on_progress is None else _offset_progress(on_progress, start, len(prompts))
-        if engine is not None:
-            results += _decode_fast(engine, batch, max_new_tokens, sampling, seed, eos_ids, emit, report)
-        else:
-            results += _decode_plain(model, batch, max_new_tokens, sampling, seed, eos_ids, emit)
-            if on_progress is not None:
-                on_progress(len(results), len(prompts))
-    model.train(was_training)
+    try:
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            emit = None if on_token is None else _offset(on_token, start)
+            report = None if on_progress is None else _offset_progress(on_progress, start, len(prompts))
+            if engine is not None:
+                results += _decode_fast(engine, batch, max_new_tokens, sampling, seed, eos_ids, emit, report)
+            else:
+                results += _decode_plain(model, batch, max_new_tokens, sampling, seed, eos_ids, emit)
+                if on_progress is not None:
+                    on_progress(len(results), len(prompts))
+    finally:
+        model.train(was_training)
     return results
 
 
@@ -196,7 +199,8 @@ def _decode_plain(
         pad_token_id=0,
         use_cache=True,
     )
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    forked = torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else [])
+    with forked, _generation_config_of(model, config):
         torch.manual_seed(seed)
         output = model.generate(
             input_ids=ids.to(model.device),
@@ -205,6 +209,22 @@ def _decode_plain(
             streamer=_Streamer(on_token) if on_token is not None and len(prompts) == 1 else None,
         )
     return [_finished(row[longest:].tolist(), eos_ids) for row in output]
+
+
+@contextmanager
+def _generation_config_of(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Lend a model these settings: whatever they leave at ``None``, transformers would take from the model's own.
+
+    An EOS that is to be passed over would come back that way, and a repetition penalty that the other path ignores.
+    """
+    from peft import PeftModel
+
+    owner = model.get_base_model() if isinstance(model, PeftModel) else model
+    own, owner.generation_config = owner.generation_config, config
+    try:
+        yield
+    finally:
+        owner.generation_config = own
 
 
 class _Streamer:

@@ -159,6 +159,7 @@ def build_plan(
             recompute=recompute,
             fast=fast,
             on_cpu=device.type == "cpu",
+            longest=longest[0] if device.type == "cpu" else 0,
         )
 
     micro_batch = stage.micro_batch_size or stage.batch_size

@@ -141,6 +141,17 @@ def test_a_row_longer_than_a_block_of_queries(family: str) -> None:
     assert distance(got, wanted) < FP32
 
 
+def test_positions_start_again_at_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary angles are relative, so results would hide it until far positions lost their last bits."""
+    fast, _ = pair(build_model("llama"))
+    engine = engine_of(fast)
+    assert engine is not None
+    seen, embed = [], engine.embed
+    monkeypatch.setattr(engine, "embed", lambda ids, positions: seen.append(positions) or embed(ids, positions))
+    engine.hidden_states(torch.arange(9), [4, 5])
+    assert seen[0].tolist()[:9] == [0, 1, 2, 3, 0, 1, 2, 3, 4]
+
+
 def test_micro_batches_of_a_step_add_up_to_one_gradient() -> None:
     """8 rows as 2x4, 4x2 and 8x1: divided by the step's trained tokens, not by each forward's."""
     fast, _ = pair(build_model("llama"))
@@ -165,12 +176,12 @@ def test_only_the_trained_tokens_count() -> None:
     ((ids, labels),) = make_rows([20])
     labels = torch.full_like(labels, -100)
     labels[[4, 19]] = ids[[4, 19]]
-    log_p = F.log_softmax(plain_logits(plain, [(ids, labels)])[0], -1)
+    log_p = F.log_softmax(plain_logits(plain, [(ids, labels)])[0].detach(), -1)
     wanted = -float(log_p[3, ids[4]] + log_p[18, ids[19]])
-    assert float(fast_loss(fast, [(ids, labels)])) == pytest.approx(wanted, rel=1e-5)
+    assert fast_loss(fast, [(ids, labels)]).item() == pytest.approx(wanted, rel=1e-5)
     nothing = fast_loss(fast, [(ids, torch.full_like(ids, -100))])
     nothing.backward()
-    assert float(nothing.detach()) == 0 and not any(gradient.any() for gradient in gradients(fast).values())
+    assert nothing.item() == 0 and not any(gradient.any() for gradient in gradients(fast).values())
 
 
 def test_adapters_switched_off_give_the_base_and_back_on_the_adapter() -> None:

@@ -59,7 +59,7 @@ def test_no_trained_token_gives_zero_and_zero_gradient() -> None:
     hidden.requires_grad_()
     loss = token_loss(hidden, head, targets)
     loss.backward()
-    assert float(loss) == 0.0 and hidden.grad is not None and hidden.grad.shape == (0, WIDTH)
+    assert loss.item() == 0.0 and hidden.grad is not None and hidden.grad.shape == (0, WIDTH)
 
 
 def test_without_gradients() -> None:

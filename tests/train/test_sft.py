@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+import tiny_models
 from medcot.data.packing import build_dataset, collate, flatten_rows
 from medcot.engine import accelerate, engine_of
 from medcot.records import Row
@@ -41,7 +41,9 @@ def _rows(lengths=LENGTHS, seed: int = 2) -> list[Row]:
     for number, (ids, labels) in enumerate(tiny_models.make_rows(lengths, seed)):
         length = len(ids)
         spans = {"question": (0, 1), "think": (1, length - 2), "answer": (length - 2, length - 1)}
-        rows.append(Row(id=str(number), input_ids=ids.tolist(), labels=labels.tolist(), eos=(length - 1, length), **spans))
+        rows.append(
+            Row(id=str(number), input_ids=ids.tolist(), labels=labels.tolist(), eos=(length - 1, length), **spans)
+        )
     return rows
 
 
@@ -107,7 +109,9 @@ def test_any_split_of_a_step_gives_the_reference_gradient(
     assert logged[0].tokens == sum(LENGTHS)
 
 
-@pytest.mark.parametrize("recompute", [{"recompute": True}, {"recompute": True, "offload": True}], ids=["on", "offload"])
+@pytest.mark.parametrize(
+    "recompute", [{"recompute": True}, {"recompute": True, "offload": True}], ids=["on", "offload"]
+)
 @pytest.mark.parametrize("fast", [True, False], ids=["engine", "plain"])
 def test_recomputing_gives_the_same_gradient(base_model, tokenizer, tmp_path, reference, recompute, fast):
     _, _, got = _train(base_model, tokenizer, tmp_path, micro_batch_size=4, fast=fast, **recompute)
@@ -215,6 +219,17 @@ def test_a_resumed_run_is_the_run_bit_for_bit(base_model, tokenizer, tmp_path, f
     ]
 
 
+@pytest.mark.parametrize("fast", [True, False], ids=["engine", "plain"])
+def test_resuming_at_the_last_step_takes_no_further_one(base_model, tokenizer, tmp_path, fast):
+    settings = {"rows": _rows(TEN_ROWS), "fast": fast, **RUN}
+    whole, _, _ = _train(base_model, tokenizer, tmp_path, **settings)
+    checkpoint = sft.list_checkpoints(tmp_path)[-1]
+    resumed, rest, _ = _train(base_model, tokenizer, tmp_path, resume_from=checkpoint, **settings)
+    wanted, got = _weights(whole), _weights(resumed)
+    assert checkpoint.name == "checkpoint-7" and rest == []
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
 def test_checkpoints_are_kept_as_many_as_asked(base_model, tokenizer, tmp_path):
     _train(base_model, tokenizer, tmp_path, rows=_rows(TEN_ROWS), keep_checkpoints=2, **RUN)
     assert [path.name for path in sft.list_checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-7"]
@@ -278,7 +293,7 @@ def test_the_result_adds_up(base_model, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("fast", [True, False], ids=["engine", "plain"])
 def test_a_diverged_run_stops_with_a_word(base_model, tokenizer, tmp_path, fast):
-    with pytest.raises(sft.DivergedError, match="Lower train.learning_rate"):
+    with pytest.raises(sft.DivergedError, match=r"Lower train\.learning_rate"):
         _train(base_model, tokenizer, tmp_path, num_steps=5, learning_rate=1e30, fast=fast)
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from medcot.engine.attention import SHAPE_STEP, build_layout
+from medcot.engine.attention import SHAPE_STEP, build_layout, has_flash
 from medcot.engine.layers import FAMILIES, FastLayer, layer_reason, norm, window_of
 from medcot.engine.loss import token_loss
 
@@ -179,10 +179,10 @@ def _trains(module: nn.Module) -> bool:
 
 
 def _parts(causal_lm: Any) -> dict[str, str]:
-    on_cpu = causal_lm.device.type == "cpu"
+    flash = has_flash(causal_lm.device, causal_lm.model.norm.weight.dtype)
     return {
         "projections": "q/k/v and gate/up fused, LoRA added in place, base frozen",
-        "attention": "padded inside attention only, blocks of queries" if on_cpu else "torch varlen_attn",
+        "attention": "torch varlen_attn" if flash else "padded inside attention only, blocks of queries",
         "norm, rotary, SwiGLU": "own backward, in place where nothing else reads",
         "loss": "trained tokens only, in chunks, no logits kept",
     }

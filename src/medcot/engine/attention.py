@@ -1,12 +1,12 @@
 """Causal attention over rows laid end to end, none of which sees another.
 
-On CUDA this is PyTorch's own ``varlen_attn``. PyTorch has no such kernel for the CPU, and its flash kernel's backward
-is slow there for short rows: 18.8 ms for 12 rows of 80 tokens, nine heads, forward and backward, against 5.0 ms for
-plain batched products on the same two Zen 4 cores. So the CPU path pads inside attention only (q, k and v are
-gathered into a rectangle and the output is gathered back; every other operation sees real tokens alone), folds the
-query heads that share a key head into the rows of one product, and works through blocks of queries so that no score
-beyond the causal diagonal's block is computed. Padding stands at a row's end, where a causal mask already hides it
-from every real query.
+On a GPU from Ampere on, in 16 bit, this is PyTorch's own ``varlen_attn``. Elsewhere (a CPU, a T4, float32) PyTorch has
+no such kernel, and on a CPU its flash kernel's backward is slow for short rows: 18.8 ms for 12 rows of 80 tokens, nine
+heads, forward and backward, against 5.0 ms for plain batched products on the same two Zen 4 cores. So the portable path
+pads inside attention only (q, k and v are gathered into a rectangle and the output is gathered back; every other
+operation sees real tokens alone), folds the query heads that share a key head into the rows of one product, and works
+through blocks of queries so that no score beyond the causal diagonal's block is computed. Padding stands at a row's
+end, where a causal mask already hides it from every real query.
 
 Short rows keep their probabilities for the backward pass. Long ones, whose probabilities would fill memory, compute
 them again: one extra product and softmax.
@@ -25,7 +25,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,10 +34,8 @@ from torch import Tensor
 QUERY_BLOCK = 256
 # Probabilities are kept up to this many elements a layer (16 MB in bf16), and computed again beyond it.
 KEEP_PROBABILITIES = 8_000_000
-
-
-# oneDNN compiles each matrix product for its exact shape, about 0.5 ms apiece, and a step has some thirty of them: with a
-# new number of tokens every step that was 13 % of the time. Numbers of tokens are therefore rounded up to this step.
+# oneDNN compiles each matrix product for its exact shape, about 0.5 ms apiece, and a step has some thirty of them.
+# Numbers of tokens are therefore rounded up to this step on a CPU, so that the next step finds them compiled.
 SHAPE_STEP = 16
 
 
@@ -56,6 +54,7 @@ class Layout:
         cu_seqlens: int32 (B + 1) row starts, on the batch's device.
         to_padded: (B·L) position in the flat batch of each padded slot; padding repeats token 0, and is never read.
         to_flat: (T) padded slot of each token.
+        is_padding: (B·L) whether a padded slot holds no token.
     """
 
     lengths: tuple[int, ...]
@@ -94,7 +93,7 @@ def build_layout(lengths: Sequence[int], device: torch.device) -> Layout:
 
 
 class PaddedAttention(torch.autograd.Function):
-    """The CPU path on a fused (T, H + 2G, C) buffer; one gradient buffer comes back, no splits or joins in between."""
+    """The portable path on a fused (T, H + 2G, C) buffer; one gradient buffer comes back, no splits or joins."""
 
     @staticmethod
     def forward(ctx: Any, fused_TNC: Tensor, layout: Layout, num_kv: int, window: int | None) -> Tensor:
@@ -148,19 +147,19 @@ def _probabilities(q: Tensor, k: Tensor, start: int, window: int | None) -> tupl
     longest = q.shape[2]
     keys = _keys(start, longest, window)
     queries = q[:, :, start : start + QUERY_BLOCK]
-    mask = _mask(start, queries.shape[2], keys, window, q.dtype).repeat(queries.shape[1], 1)
+    mask = _mask(start, queries.shape[2], keys, window, q).repeat(queries.shape[1], 1)
     scores = torch.baddbmm(mask, queries.flatten(1, 2), k[:, keys].transpose(1, 2), alpha=q.shape[-1] ** -0.5)
     return torch.softmax(scores, -1), keys
 
 
-def _mask(start: int, num_queries: int, keys: slice, window: int | None, dtype: torch.dtype) -> Tensor:
-    """0 where a query may look, -inf elsewhere; (block, keys)."""
-    query = torch.arange(start, start + num_queries)[:, None]
-    key = torch.arange(keys.start, keys.stop)[None]
+def _mask(start: int, num_queries: int, keys: slice, window: int | None, like: Tensor) -> Tensor:
+    """0 where a query may look, -inf elsewhere; (block, keys), in the dtype and on the device of ``like``."""
+    query = torch.arange(start, start + num_queries, device=like.device)[:, None]
+    key = torch.arange(keys.start, keys.stop, device=like.device)[None]
     hidden = key > query
     if window is not None:
         hidden |= key <= query - window
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+    return like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 
 
 def _gather(fused_TNC: Tensor, layout: Layout, num_kv: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,7 +192,7 @@ def _scatter_queries(out: Tensor, layout: Layout, num_kv: int) -> Tensor:
 
 
 def _scatter(dq: Tensor, dk: Tensor, dv: Tensor, layout: Layout, num_kv: int, shape: torch.Size) -> Tensor:
-    d_fused_TNC = torch.empty(shape, dtype=dq.dtype)
+    d_fused_TNC = dq.new_empty(shape)
     num_heads = shape[1] - 2 * num_kv
     d_fused_TNC[:, :num_heads] = _scatter_queries(dq, layout, num_kv)
     for number, part in enumerate((dk, dv)):
@@ -201,6 +200,14 @@ def _scatter(dq: Tensor, dk: Tensor, dv: Tensor, layout: Layout, num_kv: int, sh
         rows = part.unflatten(0, (num_kv, len(layout.lengths))).permute(1, 2, 0, 3)
         d_fused_TNC[:, first : first + num_kv] = rows.reshape(-1, num_kv, shape[-1]).index_select(0, layout.to_flat)
     return d_fused_TNC
+
+
+@cache
+def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``varlen_attn`` runs there: its flash kernel wants 16 bit and compute capability 8.0."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache
@@ -223,7 +230,7 @@ def attention(fused_TNC: Tensor, layout: Layout, num_kv: int, window: int | None
     Returns:
         (T, H, C).
     """
-    if fused_TNC.device.type == "cpu":
+    if not has_flash(fused_TNC.device, fused_TNC.dtype):
         return PaddedAttention.apply(fused_TNC, layout, num_kv, window)
     from torch.nn.attention.varlen import varlen_attn
 
@@ -231,4 +238,5 @@ def attention(fused_TNC: Tensor, layout: Layout, num_kv: int, window: int | None
     cu = layout.cu_seqlens
     gqa: dict[str, Any] = {"enable_gqa": True} if _varlen_takes_gqa() else {}
     left = -1 if window is None else window - 1
-    return varlen_attn(q, k, v, cu, cu, layout.longest, layout.longest, window_size=(left, 0), **gqa)
+    longest = layout.longest
+    return cast("Tensor", varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(left, 0), **gqa))

@@ -27,15 +27,26 @@ class FrozenWeight(Protocol):
 
 
 class DenseWeight:
-    """Plain parameters, fused into one matrix of which they become views: no copy is kept."""
+    """Plain parameters, fused into one matrix of which they become views: no copy is kept.
+
+    Whoever gives a parameter new storage (a safe merge, a copied model) takes it out of the matrix; then it is fused
+    anew.
+    """
 
     def __init__(self, parts: Sequence[nn.Linear]) -> None:
         self.out_features = [part.out_features for part in parts]
-        self._weight_ND = fuse_parameters([part.weight for part in parts])
+        self._parts = list(parts)
+        self._fuse()
 
     def dense(self) -> Tensor:
         """The matrix itself."""
+        if any(part.weight.data_ptr() != place for part, place in zip(self._parts, self._places, strict=True)):
+            self._fuse()
         return self._weight_ND
+
+    def _fuse(self) -> None:
+        self._weight_ND = fuse_parameters([part.weight for part in self._parts])
+        self._places = [part.weight.data_ptr() for part in self._parts]
 
 
 class Nf4Weight:

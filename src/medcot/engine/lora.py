@@ -20,13 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medcot.engine.frozen import FrozenWeight, build_weight, fuse_parameters, unknown_storage
+from medcot.errors import ModelError
 
 
 class LoraLinear(torch.autograd.Function):
@@ -176,7 +177,8 @@ def base_of(module: nn.Module) -> nn.Linear:
 def active_adapter(module: nn.Module) -> Adapter | None:
     """Return the one adapter PEFT would apply now; ``None`` when adapters are switched off, merged or absent.
 
-    Several active adapters never get here: ``plain_reason`` turns them away first.
+    Raises:
+        ModelError: a second adapter was switched on after the model was accelerated.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -185,8 +187,15 @@ def active_adapter(module: nn.Module) -> Adapter | None:
     names = [name for name in module.active_adapters if name in module.lora_A]
     if not names:
         return None
+    if len(names) > 1:
+        raise ModelError(
+            f"adapters {', '.join(names)} are active at once",
+            "An accelerated model applies one adapter",
+            "Call engine.release(model) before set_adapter, and engine.accelerate(model) again after it",
+        )
     name = names[0]
-    return Adapter(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+    A, B = cast("nn.Linear", module.lora_A[name]), cast("nn.Linear", module.lora_B[name])
+    return Adapter(A.weight, B.weight, module.scaling[name])
 
 
 def plain_reason(parts: Sequence[nn.Module]) -> str | None:

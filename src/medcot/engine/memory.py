@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from medcot.engine.attention import KEEP_PROBABILITIES
+
 GB = 2**30
 # Bytes a weight: NF4 with double quantisation is 4 bits and 0.127 bits of scales (QLoRA, section 3); int8 keeps a scale
 # a row; the embedding and the head stay in 16 bit.
@@ -95,6 +97,7 @@ def predict_peak_gb(
     recompute: bool,
     fast: bool = True,
     on_cpu: bool = False,
+    longest: int = 0,
 ) -> float:
     """GiB at the peak of a training step.
 
@@ -106,9 +109,15 @@ def predict_peak_gb(
         recompute: gradient checkpointing.
         fast: whether the engine runs the step.
         on_cpu: then the process itself counts too.
+        longest: tokens of the longest row where attention keeps its probabilities (the portable path), else 0.
     """
     bytes_per_value = 4 if precision == "fp32" else 2
     activations = tokens * activation_bytes_per_token(shape, bytes_per_value, recompute=recompute)
+    if not recompute:
+        probabilities = shape.heads * tokens * longest
+        activations += (
+            shape.num_layers * bytes_per_value * (probabilities if probabilities <= KEEP_PROBABILITIES else 0)
+        )
     # Backward works on one layer at a time: its recomputed activations, or the gradients of its widest buffers.
     one_layer = activation_bytes_per_token(shape, bytes_per_value, recompute=False) // shape.num_layers
     working = tokens * one_layer + 2 * 1024 * shape.vocab * 4

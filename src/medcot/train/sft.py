@@ -208,8 +208,10 @@ class _Reporter(TrainerCallback):
         self._started_s = self._last_s = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar."""
+        """Move the bar; the last step is always a logging step, so that the last loss is the run's."""
         self._on_step(state.global_step, None)
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Report a logging step; the trainer's closing summary has no loss and is not one."""
@@ -267,15 +269,19 @@ def train(
         DivergedError: the loss is no longer finite.
     """
     counter = _Counter()
+    started_s = time.monotonic()
     with quiet_libraries():
-        trainer = _build_trainer(model, tokenizer, rows, plan, counter, folder)
-        trainer.add_callback(_Reporter(counter, model.device, on_step))
-        started_s = time.monotonic()
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        if resume_from is not None and _step_of(resume_from) >= plan.num_steps:
+            _load_adapter(model, resume_from)  # the trainer would take one step too many before it looks at the number
+        else:
+            trainer = _build_trainer(model, tokenizer, rows, plan, counter, folder)
+            trainer.add_callback(_Reporter(counter, model.device, on_step))
+            started_s = time.monotonic()
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     seconds = time.monotonic() - started_s
     history = counter.history
     return TrainResult(
-        steps=trainer.state.global_step,
+        steps=plan.num_steps,
         loss_first=history[0].loss if history else math.nan,
         loss_last=history[-1].loss if history else math.nan,
         seconds=seconds,
@@ -283,6 +289,13 @@ def train(
         trained_tokens_per_s=counter.trained_tokens / seconds,
         peak_memory_gb=peak_memory_gb(model.device),
     )
+
+
+def _load_adapter(model: PeftModel, checkpoint: Path) -> None:
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
 
 
 def _build_trainer(
@@ -348,7 +361,11 @@ def _build_trainer(
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints in a folder, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _flush(folder: Path) -> None:

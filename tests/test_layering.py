@@ -24,8 +24,8 @@ ORDER = """
     generate
     train  evaluate  export  hub  tracking_worker
     tracking  report
-    machine  folder  asking  planning
-    preview
+    machine  folder  asking  planning  proof
+    job  preview
     pipeline  doctor
     cli
     __main__

@@ -13,28 +13,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from medcot import folder as folders
-from medcot.errors import DataError, ModelError, RecipeError
-from medcot.recipe import Recipe, dump_recipe, load_recipe
+from medcot.errors import DataError
+from medcot.job import Job, open_job
+from medcot.proof import probe, prove_adapter
+from medcot.recipe import Recipe, load_recipe
 from medcot.records import Run
 from medcot.train.progress import RunConsole
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
     from rich.console import Console
 
     from medcot.model import LoadedModel
     from medcot.planning import TrainingData
-    from medcot.tracking import Tracker
 
 
 def run(
@@ -59,13 +55,13 @@ def run(
     Raises:
         MedcotError: a mistake in recipe, data, model or folder; the message says what to do.
     """
-    job = _open(recipe, [*overrides], stages, Path(out) if out is not None else None, resume, console)
+    job = open_job(recipe, [*overrides], stages, Path(out) if out is not None else None, resume, console)
     with folders.held(job.run), job:
         _do(job)
     return {**job.facts, "folder": str(job.run.folder)}
 
 
-def _do(job: _Job) -> None:
+def _do(job: Job) -> None:
     """The paragraph at the head of this file."""
     from medcot import asking, planning
 
@@ -83,7 +79,8 @@ def _do(job: _Job) -> None:
         data = planning.encode_examples(raw, recipe, loaded.tokenizer)
         _keep_data(job, data, len(problems))
         line.detail = f"{len(data.rows):,} rows, {data.facts()['tokens']:,} tokens"
-    probe = _probe(loaded.model, loaded)
+    style = recipe.prompt.style
+    before_probe = probe(loaded.model, loaded.tokenizer, style)
     with job.stage("ask before"):
         before = _answers(job, "before", loaded.model, loaded, problems)
     model = _attach(job, loaded)
@@ -94,7 +91,8 @@ def _do(job: _Job) -> None:
             _train(job, model, loaded, data)
         with job.stage("save adapter"):
             _save_adapter(job, model, loaded)
-    _prove_adapter(job, model, loaded, probe)
+    base_is_kept = recipe.lora.init == "default"
+    job.record(proof=prove_adapter(model, loaded.tokenizer, style, before_probe, base_is_kept=base_is_kept))
     with job.stage("ask after"):
         after = _answers(job, "after", model, loaded, problems)
     _compare(job, problems, before, after)
@@ -172,110 +170,7 @@ def plan(
     """
     from medcot.preview import print_plan
 
-    print_plan(_resolve(recipe, overrides, {}), RunConsole(console))
-
-
-class _Job:
-    """One run being done: its folder, its facts so far, its screen and its tracker."""
-
-    def __init__(self, run: Run, recipe: Recipe, facts: dict[str, Any], console: RunConsole) -> None:
-        self.run, self.recipe, self.facts, self.console = run, recipe, facts, console
-        self.tracker: Tracker
-
-    def __enter__(self) -> _Job:
-        from medcot.machine import describe_machine, list_versions
-        from medcot.tracking import NoTracker
-
-        self.tracker = NoTracker()
-        self.record(status="running", error=None, versions=list_versions(), machine=describe_machine())
-        return self
-
-    def open_tracker(self) -> None:
-        """Start tracking; from inside the job, so that a tracker that cannot start is recorded as a failed run."""
-        from medcot.tracking import open_tracker
-
-        tracking = self.recipe.tracking
-        self.tracker = open_tracker(
-            tracking.tracker,
-            project=tracking.project,
-            folder=self.run.folder,
-            job_type=tracking.job_type,
-            run_name=tracking.run_name,
-            anonymous=tracking.anonymous,
-            config=self.recipe.model_dump(mode="json"),
-            announce=self.console.warn,
-        )
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is not None:
-            from medcot.secrets import redact
-
-            stopped = issubclass(kind, KeyboardInterrupt)
-            self.record(status="stopped" if stopped else "failed", error=redact(f"{kind.__name__}: {error}"))
-        self.tracker.finish()
-
-    def record(self, **facts: Any) -> None:
-        """Add facts to run.json, and write it."""
-        self.facts.update(facts)
-        folders.write_json(self.run.facts, self.facts)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[Any]:
-        """Show a stage and keep its seconds; a resumed run adds to what the stage took before."""
-        started_s = time.monotonic()
-        with self.console.stage(name) as line:
-            try:
-                yield line
-            finally:
-                timing = self.facts["timing"]
-                timing[name] = round(timing.get(name, 0.0) + time.monotonic() - started_s, 3)
-                self.record()
-
-
-def _resolve(recipe: str | Path | Recipe, overrides: Sequence[str], stages: Mapping[str, Any]) -> Recipe:
-    return load_recipe(recipe, overrides, stages)
-
-
-def _open(
-    recipe: str | Path | Recipe,
-    overrides: list[str],
-    stages: Mapping[str, Any],
-    out: Path | None,
-    resume: bool,
-    console: Console | None,
-) -> _Job:
-    """Make the folder of a new run, or find the one to go on with."""
-    screen = RunConsole(console)
-    if not resume:
-        resolved = _resolve(recipe, overrides, stages)
-        new = folders.create_run(resolved.name, out)
-        folders.write_text(new.recipe, dump_recipe(resolved))
-        screen.note(f"recipe {resolved.name}; run folder {new.folder}")
-        return _Job(new, resolved, _first_facts(resolved), screen)
-    if overrides or stages:
-        raise RecipeError(
-            f"--resume was given with {', '.join([*overrides, *stages])}",
-            "A resumed run keeps the recipe it was started with, else its two halves would not be one run",
-            "Leave the overrides out, or start a new run with them",
-        )
-    old = folders.find_resumable(out)
-    screen.note(f"going on with {old.folder}")
-    saved = load_recipe(old.recipe)
-    facts = json.loads(old.facts.read_text(encoding="utf-8")) if old.facts.exists() else _first_facts(saved)
-    return _Job(old, saved, facts, screen)
-
-
-def _first_facts(recipe: Recipe) -> dict[str, Any]:
-    return {
-        "recipe": recipe.model_dump(mode="json"),
-        "status": "running",
-        "model": {},
-        "data": {},
-        "train": {},
-        "eval": {},
-        "artifacts": {"adapter": None, "merged": None, "report": None},
-        "timing": {},
-    }
+    print_plan(load_recipe(recipe, overrides), RunConsole(console))
 
 
 def _load_base(recipe: Recipe) -> LoadedModel:
@@ -292,7 +187,7 @@ def _load_base(recipe: Recipe) -> LoadedModel:
     )
 
 
-def _load(job: _Job) -> LoadedModel:
+def _load(job: Job) -> LoadedModel:
     from medcot import engine, planning
     from medcot.shapes import compute_shape
 
@@ -314,7 +209,7 @@ def _load(job: _Job) -> LoadedModel:
     return loaded
 
 
-def _check_unchanged(job: _Job, sha256: str) -> None:
+def _check_unchanged(job: Job, sha256: str) -> None:
     """Refuse to go on with other data than the run was started with."""
     known = job.facts["data"].get("train", {}).get("sha256", sha256)
     if known != sha256:
@@ -325,7 +220,7 @@ def _check_unchanged(job: _Job, sha256: str) -> None:
         )
 
 
-def _keep_data(job: _Job, data: TrainingData, num_problems: int) -> None:
+def _keep_data(job: Job, data: TrainingData, num_problems: int) -> None:
     from medcot.data.checks import save_quarantine
 
     for sentence in data.sentences:
@@ -340,7 +235,7 @@ def _keep_data(job: _Job, data: TrainingData, num_problems: int) -> None:
     job.record(data={"train": data.facts(), "eval": {"source": job.recipe.evaluate.source, "rows": num_problems}})
 
 
-def _answers(job: _Job, when: str, model: Any, loaded: LoadedModel, problems: Sequence[Any]) -> list[dict[str, Any]]:
+def _answers(job: Job, when: str, model: Any, loaded: LoadedModel, problems: Sequence[Any]) -> list[dict[str, Any]]:
     """Ask, or read the answers that an interrupted run already has."""
     from medcot import asking
 
@@ -353,7 +248,7 @@ def _answers(job: _Job, when: str, model: Any, loaded: LoadedModel, problems: Se
     return lines
 
 
-def _attach(job: _Job, loaded: LoadedModel) -> PeftModel:
+def _attach(job: Job, loaded: LoadedModel) -> PeftModel:
     """Put the adapter on: the saved one where training is complete, else a fresh one."""
     from medcot import engine
     from medcot.model import attach_lora, load_adapter
@@ -382,7 +277,7 @@ def _attach(job: _Job, loaded: LoadedModel) -> PeftModel:
     return model
 
 
-def _train(job: _Job, model: PeftModel, loaded: LoadedModel, data: TrainingData) -> None:
+def _train(job: Job, model: PeftModel, loaded: LoadedModel, data: TrainingData) -> None:
     from medcot import engine, planning
     from medcot.shapes import compute_shape
     from medcot.train import sft
@@ -433,65 +328,14 @@ def _keep_metrics(run: Run, resume_from: Path | None) -> None:
     folders.write_lines(run.metrics, [line for line in folders.read_lines(run.metrics) if line["step"] <= done])
 
 
-def _save_adapter(job: _Job, model: PeftModel, loaded: LoadedModel) -> None:
+def _save_adapter(job: Job, model: PeftModel, loaded: LoadedModel) -> None:
     from medcot.export import save_adapter
 
     save_adapter(model, loaded.tokenizer, job.run.adapter, init=job.recipe.lora.init)
     job.facts["artifacts"]["adapter"] = job.run.adapter.name
 
 
-def _probe(model: Any, loaded: LoadedModel) -> torch.Tensor:
-    """Next-token logits of the tutorial's question, by the plain forward; (V) float32 on the CPU."""
-    import torch
-
-    from medcot import prompt
-
-    ids = loaded.tokenizer(prompt.TUTORIAL_QUESTION, return_tensors="pt").input_ids.to(loaded.device)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu()
-    model.train(was_training)
-    return logits
-
-
-def _prove_adapter(job: _Job, model: PeftModel, loaded: LoadedModel, before: torch.Tensor) -> None:
-    """Switch the adapter on and off, and compare the probes: off must be the model that was asked before.
-
-    PiSSA and LoftQ change the base itself, so there only the difference between on and off is checked.
-    """
-    on = _probe(model, loaded)
-    with model.disable_adapter():
-        off = _probe(model, loaded)
-    changed = float((on - off).abs().max())
-    drift = float((off - before).abs().max())
-    if not math.isfinite(changed):
-        raise ModelError(
-            "with the trained adapter the model's logits are not finite numbers",
-            "A trained model must give finite logits",
-            "Train again with a lower train.learning_rate, or a longer train.warmup",
-        )
-    if changed == 0:
-        raise ModelError(
-            "the trained adapter changes no logit",
-            "After training, the model with its adapter must differ from the model without",
-            "Raise train.learning_rate or train.max_steps, and run again",
-        )
-    keeps_base = job.recipe.lora.init == "default"
-    # The fused weights are the same numbers in another place; a kernel may add them up in another order.
-    tolerance = 1e-2 * float(before.abs().max())
-    if keeps_base and drift > tolerance:
-        raise ModelError(
-            f"without its adapter the model's logits moved by {drift:.3g} during training",
-            f"The base is frozen; at most {tolerance:.3g} is rounding",
-            "This is a fault of medcot; please report it with the recipe",
-        )
-    job.record(
-        proof={"adapter_before": "absent", "adapter_after": "on", "logits_changed_by": changed, "base_moved_by": drift}
-    )
-
-
-def _compare(job: _Job, problems: Sequence[Any], before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+def _compare(job: Job, problems: Sequence[Any], before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
     from medcot import asking
 
     summaries = {
@@ -511,7 +355,7 @@ def _compare(job: _Job, problems: Sequence[Any], before: list[dict[str, Any]], a
     )
 
 
-def _merge(job: _Job, loaded: LoadedModel) -> str:
+def _merge(job: Job, loaded: LoadedModel) -> str:
     from medcot.export import save_merged
 
     stage = job.recipe.model
@@ -526,7 +370,7 @@ def _merge(job: _Job, loaded: LoadedModel) -> str:
     return str(merged.base)
 
 
-def _report(job: _Job) -> None:
+def _report(job: Job) -> None:
     from medcot.report import render_report
     from medcot.report.card import render_card
 
@@ -537,7 +381,7 @@ def _report(job: _Job) -> None:
     job.tracker.log_file(job.run.report)
 
 
-def _push(job: _Job) -> None:
+def _push(job: Job) -> None:
     from medcot.hub import push_folder
     from medcot.secrets import SecretName, find_secret
 

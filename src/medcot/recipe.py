@@ -258,10 +258,12 @@ def load_recipe(
         RecipeError: unreadable file, unknown key, or a value that breaks its rule.
     """
     values = source.model_dump(mode="json") if isinstance(source, Recipe) else _read_recipe(source)
-    for key, value in _flatten(stages or {}):
+    given = {**dict(_flatten(stages or {})), **_parse_overrides(overrides)}
+    for key, value in given.items():
         _set_dotted(values, key, value)
-    for key, value in _parse_overrides(overrides).items():
-        _set_dotted(values, key, value)
+    for one, other in (("train.max_steps", "train.epochs"), ("train.epochs", "train.max_steps")):
+        if given.get(one) is not None and other not in given:
+            _set_dotted(values, other, None)  # a length that is given takes the place of the recipe's own
     return build_recipe(values, where="the recipe" if isinstance(source, Recipe) else str(source))
 
 

@@ -76,8 +76,9 @@ class Engine:
         """
         num_tokens = len(ids_T)
         if ids_T.device.type == "cpu" and num_tokens % SHAPE_STEP:
-            filler = SHAPE_STEP - num_tokens % SHAPE_STEP  # a row of its own, seen by no other
-            ids_T, lengths = F.pad(ids_T, (0, filler)), [*lengths, filler]
+            # The filler lengthens the last row at its end, where causal attention hides it from every real token.
+            filler = SHAPE_STEP - num_tokens % SHAPE_STEP
+            ids_T, lengths = F.pad(ids_T, (0, filler)), [*lengths[:-1], lengths[-1] + filler]
         layout = build_layout(lengths, ids_T.device)
         positions_T = torch.cat([torch.arange(length) for length in lengths]).to(ids_T.device)
         hidden_TD, cos_TC, sin_TC = self.embed(ids_T, positions_T)

@@ -23,9 +23,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, cast
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class Layout:
         to_padded: (B·L) position in the flat batch of each padded slot; padding repeats token 0, and is never read.
         to_flat: (T) padded slot of each token.
         is_padding: (B·L) whether a padded slot holds no token.
+        tables: the portable path's tables, by query and key heads; filled when first asked for.
     """
 
     lengths: tuple[int, ...]
@@ -63,6 +64,7 @@ class Layout:
     to_padded: Tensor
     to_flat: Tensor
     is_padding: Tensor
+    tables: dict[tuple[int, int], Tables] = field(default_factory=dict, compare=False)
 
     @property
     def longest(self) -> int:
@@ -92,36 +94,93 @@ def build_layout(lengths: Sequence[int], device: torch.device) -> Layout:
     )
 
 
+@dataclass(frozen=True)
+class Tables:
+    """Where every head of every token lies, flat and padded; with these, each move is one gather of whole rows of C.
+
+    Flat order is (T, N), N = H + 2G. Padded order is all of q as (G, B, J, L), then k and v as (G, B, L).
+
+    Attributes:
+        to_padded: flat row of each padded row, for q, k and v.
+        to_flat: padded row of each flat row, for q, k and v.
+        queries_to_padded: flat (T, H) row of each padded row of q.
+        queries_to_flat: padded row of q of each flat (T, H) row.
+    """
+
+    to_padded: Tensor
+    to_flat: Tensor
+    queries_to_padded: Tensor
+    queries_to_flat: Tensor
+
+
+def _find_tables(layout: Layout, num_heads: int, num_kv: int) -> Tables:
+    key = (num_heads, num_kv)
+    if key not in layout.tables:
+        layout.tables[key] = _build_tables(layout, num_heads, num_kv)
+    return layout.tables[key]
+
+
+def _build_tables(layout: Layout, num_heads: int, num_kv: int) -> Tables:
+    device = layout.to_padded.device
+    num_rows, length, groups = len(layout.lengths), layout.padded_length, num_heads // num_kv
+    width = num_heads + 2 * num_kv
+    token_BL = layout.to_padded.view(num_rows, length)
+    head_GJ = torch.arange(num_heads, device=device).view(num_kv, groups)
+    kv_G = torch.arange(num_kv, device=device)
+    token_1B1L, head_G1J1 = token_BL[None, :, None], head_GJ[:, None, :, None]
+    q = (token_1B1L * width + head_G1J1).flatten()
+    k, v = (
+        (token_BL[None] * width + (first + kv_G)[:, None, None]).flatten() for first in (num_heads, num_heads + num_kv)
+    )
+    row_T, slot_T = layout.to_flat // length, layout.to_flat % length
+    q_TH = ((head_GJ // groups * num_rows + row_T[:, None, None]) * groups + head_GJ % groups) * length
+    q_TH = (q_TH + slot_T[:, None, None]).flatten(1)
+    k_TG = (kv_G * num_rows + row_T[:, None]) * length + slot_T[:, None] + len(q)
+    return Tables(
+        to_padded=torch.cat((q, k, v)),
+        to_flat=torch.cat((q_TH, k_TG, k_TG + len(k)), 1).flatten(),
+        queries_to_padded=(token_1B1L * num_heads + head_G1J1).flatten(),
+        queries_to_flat=q_TH.flatten(),
+    )
+
+
 class PaddedAttention(torch.autograd.Function):
     """The portable path on a fused (T, H + 2G, C) buffer; one gradient buffer comes back, no splits or joins."""
 
     @staticmethod
     def forward(ctx: Any, fused_TNC: Tensor, layout: Layout, num_kv: int, window: int | None) -> Tensor:
         """Return (T, H, C)."""
-        q, k, v = _gather(fused_TNC, layout, num_kv)
-        num_rows, longest = len(layout.lengths), layout.padded_length
-        groups, num_heads = q.shape[1], fused_TNC.shape[1] - 2 * num_kv
-        keep = num_heads * num_rows * longest * longest <= KEEP_PROBABILITIES
+        num_heads, channels = fused_TNC.shape[1] - 2 * num_kv, fused_TNC.shape[2]
+        tables = _find_tables(layout, num_heads, num_kv)
+        padded_RC = fused_TNC.reshape(-1, channels).index_select(0, tables.to_padded)
+        q, k, v = _views(padded_RC, layout, num_heads, num_kv)
+        keep = num_heads * len(layout.lengths) * layout.padded_length**2 <= KEEP_PROBABILITIES
         out = torch.empty_like(q)
         kept = []
-        for start in range(0, longest, QUERY_BLOCK):
+        for start in range(0, layout.padded_length, QUERY_BLOCK):
             p, keys = _probabilities(q, k, start, window)
-            block = torch.bmm(p, v[:, keys])
-            out[:, :, start : start + QUERY_BLOCK] = block.view(len(q), groups, -1, q.shape[-1])
+            out[:, :, start : start + QUERY_BLOCK] = torch.bmm(p, v[:, keys]).unflatten(1, (q.shape[1], -1))
             if keep:
                 kept.append(p)
-        ctx.save_for_backward(q, k, v, *kept)
+        ctx.save_for_backward(padded_RC, *kept)
         ctx.layout, ctx.num_kv, ctx.window, ctx.shape = layout, num_kv, window, fused_TNC.shape
-        return _scatter_queries(out, layout, num_kv)
+        return out.view(-1, channels).index_select(0, tables.queries_to_flat).view(-1, num_heads, channels)
 
     @staticmethod
     def backward(ctx: Any, d_out_THC: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         """Return the gradient of the fused buffer."""
-        q, k, v, *kept = ctx.saved_tensors
-        d_out = _gather_queries(d_out_THC, ctx.layout, ctx.num_kv)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        scale = q.shape[-1] ** -0.5
-        for number, start in enumerate(range(0, ctx.layout.padded_length, QUERY_BLOCK)):
+        padded_RC, *kept = ctx.saved_tensors
+        layout: Layout = ctx.layout
+        num_heads, channels = d_out_THC.shape[1:]
+        tables = _find_tables(layout, num_heads, ctx.num_kv)
+        q, k, v = _views(padded_RC, layout, num_heads, ctx.num_kv)
+        d_padded_RC = torch.zeros_like(padded_RC)
+        dq, dk, dv = _views(d_padded_RC, layout, num_heads, ctx.num_kv)
+        d_out = d_out_THC.reshape(-1, channels).index_select(0, tables.queries_to_padded).view(q.shape)
+        # Padding's gradient is zero, so that it adds nothing to dK and dV.
+        hidden_1B1L1 = layout.is_padding.view(1, len(layout.lengths), 1, layout.padded_length, 1)
+        d_out.unflatten(0, (ctx.num_kv, -1)).masked_fill_(hidden_1B1L1, 0)
+        for number, start in enumerate(range(0, layout.padded_length, QUERY_BLOCK)):
             block = slice(start, start + QUERY_BLOCK)
             if kept:
                 p, keys = kept[number], _keys(start, q.shape[2], ctx.window)
@@ -130,10 +189,24 @@ class PaddedAttention(torch.autograd.Function):
             d_out_block = d_out[:, :, block].flatten(1, 2)
             dv[:, keys].baddbmm_(p.transpose(1, 2), d_out_block)
             dp = torch.bmm(d_out_block, v[:, keys].transpose(1, 2))
-            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)
-            dq[:, :, block] = torch.bmm(ds, k[:, keys]).view(len(q), q.shape[1], -1, q.shape[-1])
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(channels**-0.5)
+            dq[:, :, block] = torch.bmm(ds, k[:, keys]).unflatten(1, (q.shape[1], -1))
             dk[:, keys].baddbmm_(ds.transpose(1, 2), q[:, :, block].flatten(1, 2))
-        return _scatter(dq, dk, dv, ctx.layout, ctx.num_kv, ctx.shape), None, None, None
+        return d_padded_RC.index_select(0, tables.to_flat).view(ctx.shape), None, None, None
+
+
+def _views(padded_RC: Tensor, layout: Layout, num_heads: int, num_kv: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The padded buffer as q (G·B, J, L, C), k and v (G·B, L, C)."""
+    num_rows, length, channels = len(layout.lengths), layout.padded_length, padded_RC.shape[1]
+    sizes = [num_heads * num_rows * length, *2 * [num_kv * num_rows * length]]
+    q, k, v = padded_RC.split(sizes)
+    kv_shape = (num_kv * num_rows, length, channels)
+    return q.view(num_kv * num_rows, num_heads // num_kv, length, channels), k.view(kv_shape), v.view(kv_shape)
+
+
+class _Kind(NamedTuple):
+    dtype: torch.dtype
+    device: torch.device
 
 
 def _keys(start: int, longest: int, window: int | None) -> slice:
@@ -147,59 +220,22 @@ def _probabilities(q: Tensor, k: Tensor, start: int, window: int | None) -> tupl
     longest = q.shape[2]
     keys = _keys(start, longest, window)
     queries = q[:, :, start : start + QUERY_BLOCK]
-    mask = _mask(start, queries.shape[2], keys, window, q).repeat(queries.shape[1], 1)
+    kind = _Kind(q.dtype, q.device)
+    mask = _mask(start, queries.shape[2], queries.shape[1], (keys.start, keys.stop), window, kind)
     scores = torch.baddbmm(mask, queries.flatten(1, 2), k[:, keys].transpose(1, 2), alpha=q.shape[-1] ** -0.5)
     return torch.softmax(scores, -1), keys
 
 
-def _mask(start: int, num_queries: int, keys: slice, window: int | None, like: Tensor) -> Tensor:
-    """0 where a query may look, -inf elsewhere; (block, keys), in the dtype and on the device of ``like``."""
+@lru_cache(maxsize=64)
+def _mask(start: int, num_queries: int, groups: int, keys: tuple[int, int], window: int | None, like: _Kind) -> Tensor:
+    """0 where a query may look, -inf elsewhere; (J·block, keys). The layers of a model, and its steps, share it."""
     query = torch.arange(start, start + num_queries, device=like.device)[:, None]
-    key = torch.arange(keys.start, keys.stop, device=like.device)[None]
+    key = torch.arange(*keys, device=like.device)[None]
     hidden = key > query
     if window is not None:
         hidden |= key <= query - window
-    return like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
-
-
-def _gather(fused_TNC: Tensor, layout: Layout, num_kv: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Flat to padded: q (G·B, J, L, C), k and v (G·B, L, C)."""
-    num_heads = fused_TNC.shape[1] - 2 * num_kv
-    padded = fused_TNC.index_select(0, layout.to_padded)
-    padded = padded.view(len(layout.lengths), layout.padded_length, *fused_TNC.shape[1:])
-    q, k, v = padded.split([num_heads, num_kv, num_kv], 2)
-    k, v = (part.permute(2, 0, 1, 3).flatten(0, 1).contiguous() for part in (k, v))
-    return _fold_queries(q, num_kv), k, v
-
-
-def _fold_queries(q_BLHC: Tensor, num_kv: int) -> Tensor:
-    num_rows, longest, num_heads, channels = q_BLHC.shape
-    q = q_BLHC.unflatten(2, (num_kv, num_heads // num_kv)).permute(2, 0, 3, 1, 4)
-    return q.reshape(num_kv * num_rows, num_heads // num_kv, longest, channels)
-
-
-def _gather_queries(x_THC: Tensor, layout: Layout, num_kv: int) -> Tensor:
-    """Flat gradients to the queries' padded layout, padding set to zero so that it adds nothing to dK and dV."""
-    padded = x_THC.index_select(0, layout.to_padded)
-    padded[layout.is_padding] = 0
-    return _fold_queries(padded.view(len(layout.lengths), layout.padded_length, *x_THC.shape[1:]), num_kv)
-
-
-def _scatter_queries(out: Tensor, layout: Layout, num_kv: int) -> Tensor:
-    """Padded (G·B, J, L, C) back to flat (T, H, C)."""
-    out = out.unflatten(0, (num_kv, len(layout.lengths))).permute(1, 3, 0, 2, 4)
-    return out.reshape(len(layout.to_padded), -1, out.shape[-1]).index_select(0, layout.to_flat)
-
-
-def _scatter(dq: Tensor, dk: Tensor, dv: Tensor, layout: Layout, num_kv: int, shape: torch.Size) -> Tensor:
-    d_fused_TNC = dq.new_empty(shape)
-    num_heads = shape[1] - 2 * num_kv
-    d_fused_TNC[:, :num_heads] = _scatter_queries(dq, layout, num_kv)
-    for number, part in enumerate((dk, dv)):
-        first = num_heads + number * num_kv
-        rows = part.unflatten(0, (num_kv, len(layout.lengths))).permute(1, 2, 0, 3)
-        d_fused_TNC[:, first : first + num_kv] = rows.reshape(-1, num_kv, shape[-1]).index_select(0, layout.to_flat)
-    return d_fused_TNC
+    mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
+    return mask.repeat(groups, 1)
 
 
 @cache

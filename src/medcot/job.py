@@ -1,0 +1,131 @@
+"""One run being done: the folder that it fills, the facts so far, the screen and the tracker.
+
+Everything a job learns goes to ``run.json`` at once, so that a run which fails or is killed says how far it came, and a
+resumed run goes on with the same facts. A job ends in one of three states: complete, stopped (by its user) or failed,
+with the error's words, from which secrets are taken out.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from medcot import folder as folders
+from medcot.errors import RecipeError
+from medcot.recipe import Recipe, dump_recipe, load_recipe
+from medcot.records import Run
+from medcot.train.progress import RunConsole
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from medcot.tracking import Tracker
+
+
+class Job:
+    """One run being done: its folder, its facts so far, its screen and its tracker."""
+
+    def __init__(self, run: Run, recipe: Recipe, facts: dict[str, Any], console: RunConsole) -> None:
+        self.run, self.recipe, self.facts, self.console = run, recipe, facts, console
+        self.tracker: Tracker
+
+    def __enter__(self) -> Job:
+        from medcot.machine import describe_machine, list_versions
+        from medcot.tracking import NoTracker
+
+        self.tracker = NoTracker()
+        self.record(status="running", error=None, versions=list_versions(), machine=describe_machine())
+        return self
+
+    def open_tracker(self) -> None:
+        """Start tracking; from inside the job, so that a tracker that cannot start is recorded as a failed run."""
+        from medcot.tracking import open_tracker
+
+        tracking = self.recipe.tracking
+        self.tracker = open_tracker(
+            tracking.tracker,
+            project=tracking.project,
+            folder=self.run.folder,
+            job_type=tracking.job_type,
+            run_name=tracking.run_name,
+            anonymous=tracking.anonymous,
+            config=self.recipe.model_dump(mode="json"),
+            announce=self.console.warn,
+        )
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is not None:
+            from medcot.secrets import redact
+
+            stopped = issubclass(kind, KeyboardInterrupt)
+            self.record(status="stopped" if stopped else "failed", error=redact(f"{kind.__name__}: {error}"))
+        self.tracker.finish()
+
+    def record(self, **facts: Any) -> None:
+        """Add facts to run.json, and write it."""
+        self.facts.update(facts)
+        folders.write_json(self.run.facts, self.facts)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Any]:
+        """Show a stage and keep its seconds; a resumed run adds to what the stage took before."""
+        started_s = time.monotonic()
+        with self.console.stage(name) as line:
+            try:
+                yield line
+            finally:
+                timing = self.facts["timing"]
+                timing[name] = round(timing.get(name, 0.0) + time.monotonic() - started_s, 3)
+                self.record()
+
+
+def open_job(
+    recipe: str | Path | Recipe,
+    overrides: list[str],
+    stages: Mapping[str, Any],
+    out: Path | None,
+    resume: bool,
+    console: Console | None,
+) -> Job:
+    """Make the folder of a new run, or find the one to go on with.
+
+    Raises:
+        RecipeError: a recipe that cannot be accepted, or a resumed run with overrides.
+        OutputError: the folder cannot be used, or holds no run to go on with.
+    """
+    screen = RunConsole(console)
+    if not resume:
+        resolved = load_recipe(recipe, overrides, stages)
+        new = folders.create_run(resolved.name, out)
+        folders.write_text(new.recipe, dump_recipe(resolved))
+        screen.note(f"recipe {resolved.name}; run folder {new.folder}")
+        return Job(new, resolved, _first_facts(resolved), screen)
+    if overrides or stages:
+        raise RecipeError(
+            f"--resume was given with {', '.join([*overrides, *stages])}",
+            "A resumed run keeps the recipe it was started with, else its two halves would not be one run",
+            "Leave the overrides out, or start a new run with them",
+        )
+    old = folders.find_resumable(out)
+    screen.note(f"going on with {old.folder}")
+    saved = load_recipe(old.recipe)
+    facts = json.loads(old.facts.read_text(encoding="utf-8")) if old.facts.exists() else _first_facts(saved)
+    return Job(old, saved, facts, screen)
+
+
+def _first_facts(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "status": "running",
+        "model": {},
+        "data": {},
+        "train": {},
+        "eval": {},
+        "artifacts": {"adapter": None, "merged": None, "report": None},
+        "timing": {},
+    }

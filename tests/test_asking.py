@@ -63,7 +63,7 @@ def _ask(monkeypatch, tokenizer, answers: list[str], *overrides: str, problems=P
     model = FakeModel(answers)
     monkeypatch.setattr(asking, "generate", model.generate)
     console = RunConsole(Console(file=io.StringIO()))
-    return model, asking.answer_all(model, tokenizer, _recipe(*overrides), problems, console)
+    return model, asking.answer_all(model, tokenizer, _recipe(*overrides), problems, console, graded_batch=100)
 
 
 def test_the_tutorial_s_question_comes_first_and_no_question_twice(monkeypatch, tokenizer):
@@ -84,11 +84,11 @@ def test_only_graded_questions_carry_the_instruction(monkeypatch, tokenizer):
 
 
 def test_asked_ones_are_sampled_and_graded_ones_decoded_greedily(monkeypatch, tokenizer):
-    how = ["ask.max_new_tokens=7", "evaluate.max_new_tokens=9", "evaluate.batch_size=2", "ask.seed=5"]
+    how = ["ask.max_new_tokens=7", "evaluate.max_new_tokens=9", "ask.seed=5"]
     model, _ = _ask(monkeypatch, tokenizer, BEFORE, *how)
     asked, graded = model.calls
     assert asked["sampling"] == Sampling(0.6, 0.95) and graded["sampling"] == Sampling(0.0, 1.0)
-    assert (asked["max_new_tokens"], graded["max_new_tokens"], graded["batch_size"]) == (7, 9, 2)
+    assert (asked["max_new_tokens"], graded["max_new_tokens"], graded["batch_size"]) == (7, 9, 100)
     assert asked["seed"] == graded["seed"] == 5
 
 

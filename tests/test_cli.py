@@ -158,7 +158,7 @@ def test_ctrl_c_says_how_to_go_on(pipeline):
     pipeline.raises = KeyboardInterrupt()
     result = _invoke("run", "--out", "my-run")
     assert result.exit_code == 130
-    assert "Stopped. 'medcot run --resume --out my-run' goes on from the last checkpoint." in result.stderr
+    assert "Stopped. 'medcot run --resume --out my-run' goes on with it." in result.stderr
 
 
 def test_our_own_defects_keep_their_traceback(pipeline):

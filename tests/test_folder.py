@@ -9,7 +9,6 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
-import psutil
 import pytest
 
 from medcot import folder
@@ -17,10 +16,6 @@ from medcot.errors import OutputError
 from medcot.records import Run
 
 Usage = namedtuple("Usage", "total used free")
-
-
-def _lock_text(process: psutil.Process) -> str:
-    return f"{process.pid} {process.create_time()}"
 
 
 def test_a_run_without_out_goes_to_runs_and_latest_points_at_it(tmp_path, monkeypatch):
@@ -87,46 +82,34 @@ def test_resuming_nothing_is_refused(tmp_path, monkeypatch, out):
 # Locks ----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_lock_is_there_while_held_and_gone_after_an_error(tmp_path):
-    lock = tmp_path / folder.LOCK
+def test_the_folder_can_be_taken_again_after_an_error(tmp_path):
     with pytest.raises(ZeroDivisionError), folder.held(Run(tmp_path)):
-        assert lock.read_text() == _lock_text(psutil.Process())
         raise ZeroDivisionError
-    assert not lock.exists()
-
-
-def test_a_live_lock_is_refused_and_left_in_place(tmp_path):
-    text = _lock_text(psutil.Process(os.getppid()))
-    (tmp_path / folder.LOCK).write_text(text)
-    with pytest.raises(OutputError, match=f"in use by process {os.getppid()}"), folder.held(Run(tmp_path)):
-        pytest.fail("a folder in use was taken")
-    assert (tmp_path / folder.LOCK).read_text() == text
-
-
-def _text_of_a_dead_process() -> str:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        text = _lock_text(psutil.Process(child.pid))
-    return text
-
-
-@pytest.mark.parametrize(
-    "make_text",
-    [
-        _text_of_a_dead_process,
-        lambda: f"{os.getppid()} {psutil.Process(os.getppid()).create_time() - 60}",  # the number was given away since
-        lambda: f"{os.getpid()} {psutil.Process().create_time()}",  # a container restarted: the same number is ours
-        lambda: "",  # killed between making the file and writing it
-        lambda: "12",
-        lambda: "not a lock",
-    ],
-    ids=["dead", "number reused", "own number", "empty", "cut short", "rubbish"],
-)
-def test_a_lock_left_over_is_taken_over(tmp_path, make_text):
-    lock = tmp_path / folder.LOCK
-    lock.write_text(make_text())
     with folder.held(Run(tmp_path)):
-        assert lock.read_text() == _lock_text(psutil.Process())
-    assert not lock.exists()
+        pass
+
+
+def test_a_folder_held_by_this_process_is_refused(tmp_path):
+    with (
+        folder.held(Run(tmp_path)),
+        pytest.raises(OutputError, match="in use by another job"),
+        folder.held(Run(tmp_path)),
+    ):
+        pytest.fail("a folder in use was taken")
+
+
+def test_a_folder_held_by_another_process_is_refused_until_it_is_killed(tmp_path):
+    code = (
+        "import sys, filelock as f; lock = f.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / folder.LOCK)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stdout.readline() == "held\n"
+        with pytest.raises(OutputError, match="in use by another job"), folder.held(Run(tmp_path)):
+            pytest.fail("a folder in use was taken")
+        child.kill()
+    with folder.held(Run(tmp_path)):
+        pass
 
 
 # Disk -----------------------------------------------------------------------------------------------------------------

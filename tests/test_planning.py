@@ -170,7 +170,7 @@ def test_a_plan_carries_the_recipe_s_numbers():
 @pytest.mark.parametrize(
     ("overrides", "steps", "warmup"),
     [
-        (["train.epochs=1"], 3, 5),
+        (["train.epochs=1"], 3, 2),  # the last step is never a warm-up
         (["train.epochs=4", "train.warmup=0.25"], 12, 3),
         (["train.epochs=null", "train.max_steps=60"], 60, 5),
         (["train.batch_size=4", "train.warmup=0"], 5, 0),
@@ -262,3 +262,12 @@ def test_tokens_of_a_run_follow_its_steps(steps, rows):
 
 def test_free_memory_of_this_machine_is_plausible():
     assert 0.1 < planning.free_memory_gb(CPU) < 2**14
+
+
+def test_answers_are_taken_as_many_at_a_time_as_the_cache_has_room_for(monkeypatch):
+    monkeypatch.setattr(planning, "free_memory_gb", lambda device: 4.0)
+    wide = planning.fit_answers(100, EMBEDDED_SHAPE, "nf4", 100, CPU)
+    narrow = planning.fit_answers(100, EMBEDDED_SHAPE, "nf4", 20_000, CPU)
+    assert wide == 100 and 1 <= narrow < 100
+    monkeypatch.setattr(planning, "free_memory_gb", lambda device: 0.01)
+    assert planning.fit_answers(100, EMBEDDED_SHAPE, "nf4", 100, CPU) == 1  # one at a time is always tried

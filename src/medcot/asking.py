@@ -42,8 +42,19 @@ def answer_all(
     recipe: Recipe,
     problems: Sequence[Example],
     console: RunConsole,
+    *,
+    graded_batch: int,
 ) -> list[dict[str, Any]]:
-    """Put every question to the model as it stands now; one sample line a question."""
+    """Put every question to the model as it stands now; one sample line a question.
+
+    Args:
+        model: the model, adapter as it is switched now.
+        tokenizer: its tokenizer.
+        recipe: gives the asked questions, the prompt style, the sampling and the limits.
+        problems: the graded questions.
+        console: shows how far it is.
+        graded_batch: graded questions answered together.
+    """
     questions = list(dict.fromkeys((prompt.TUTORIAL_QUESTION, *recipe.ask.questions)))
     instruction = recipe.evaluate.instruction
     style = prompt.Style(recipe.prompt.style)
@@ -53,7 +64,7 @@ def answer_all(
     lines = []
     for kind, examples, sampling, limit, batch_size in (
         ("ask", asked, choose_sampling(model, recipe.ask), recipe.ask.max_new_tokens, ASK_BATCH),
-        ("eval", problems, GREEDY, recipe.evaluate.max_new_tokens, recipe.evaluate.batch_size),
+        ("eval", problems, GREEDY, recipe.evaluate.max_new_tokens, graded_batch),
     ):
         if not examples:
             continue

@@ -96,11 +96,13 @@ def run(
 ) -> None:
     """Ask, fine-tune, ask again, save and report: the whole job."""
     recipe, overrides = split_arguments(arguments or [])
-    with _reporting(hint=f"'{_resume_command(out)}' goes on from the last checkpoint"):
+    with _reporting(hint=f"'{_resume_command(out)}' goes on with it"):
         from medcot import pipeline
 
         console = _console()
         if dry_run:
+            if resume or out is not None:
+                raise typer.BadParameter("--dry-run starts nothing: leave out --resume and --out")
             pipeline.plan(recipe, overrides, console=console)
             return
         facts = pipeline.run(recipe, overrides=overrides, out=out, resume=resume, console=console)
@@ -226,7 +228,8 @@ def print_summary(facts: Mapping[str, Any], console: Console) -> None:
             table.add_row(label, line)
         else:  # in a file, a path stays on one line however long it is
             console.print(Text(f"{label:<10}") + line, soft_wrap=True, highlight=False)
-    console.print(table)
+    if console.is_terminal:
+        console.print(table)
 
 
 def _summary_lines(facts: Mapping[str, Any], arrow: str) -> Iterator[tuple[str, Text]]:
@@ -254,7 +257,7 @@ def _summary_lines(facts: Mapping[str, Any], arrow: str) -> Iterator[tuple[str, 
         yield "time", Text(format_seconds(seconds))
     for name, path in (facts.get("artifacts") or {}).items():
         if path:
-            yield name, Text(str(path), style="cyan")
+            yield name, Text(str(Path(facts.get("folder", "")) / path), style="cyan")
 
 
 def _percent(part: Mapping[str, Any]) -> str:

@@ -1,14 +1,15 @@
 """The run folder: who may write to it, and how its facts reach the disk.
 
-A folder belongs to one job at a time. The job that has it holds ``.lock`` with its process number and start; a lock
-whose process is gone is left over from a kill, and is taken over. ``run.json`` is replaced whole at every change, so
-that whatever reads it, even after a kill, reads a complete file. Paths inside it are relative to the folder, so a run
-can be moved.
+A folder belongs to one job at a time. The job that has it holds a lock on ``.lock``, which the system lets go of when
+the process ends, however it ends, so a kill leaves nothing to clear up. ``run.json`` is replaced whole at every change,
+so that whatever reads it, even after a kill, reads a complete file. Paths inside it are relative to the folder, so a
+run can be moved.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -23,7 +24,6 @@ from medcot.records import Run
 RUNS = Path("runs")
 LATEST = RUNS / "latest"
 LOCK = ".lock"
-SAME_START_S = 2.0
 # Logs, samples and the report of a run; adapters, checkpoints and merged weights are estimated on top.
 MIN_FREE_BYTES = 200 * 2**20
 
@@ -79,43 +79,23 @@ def held(run: Run) -> Iterator[None]:
     """Hold the folder for this process while the block runs.
 
     Raises:
-        OutputError: another live process holds it.
+        OutputError: another process, or another job of this one, holds it.
     """
-    import psutil
+    from filelock import FileLock, Timeout
 
-    lock = run.folder / LOCK
-    for _ in range(2):
-        try:
-            with lock.open("x", encoding="ascii") as file:
-                file.write(f"{os.getpid()} {psutil.Process().create_time()}")
-            break
-        except FileExistsError:
-            owner = _live_owner(lock)
-            if owner is not None:
-                raise OutputError(
-                    f"'{run.folder}' is in use by process {owner}",
-                    "One job writes to a run folder at a time",
-                    "Wait for it, stop it, or name another folder with --out",
-                ) from None
-            lock.unlink(missing_ok=True)  # its process is gone: it was killed
+    lock = FileLock(run.folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(
+            f"'{run.folder}' is in use by another job",
+            "One job writes to a run folder at a time",
+            "Wait for it, stop it, or name another folder with --out",
+        ) from None
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
-
-
-def _live_owner(lock: Path) -> int | None:
-    """The process that holds a lock; ``None`` if it is gone, even where its number was given to another since."""
-    import psutil
-
-    number, _, started_s = lock.read_text(encoding="ascii").partition(" ")
-    try:
-        owner = psutil.Process(int(number))
-        # The system's own account of a start may move a little when its clock is set.
-        same = abs(owner.create_time() - float(started_s)) < SAME_START_S
-    except (psutil.NoSuchProcess, ValueError):  # gone; or the lock was cut short by a kill
-        return None
-    return owner.pid if same and owner.pid != os.getpid() else None
+        lock.release()
 
 
 def check_disk(folder: Path, num_bytes: int) -> None:
@@ -137,18 +117,41 @@ def check_disk(folder: Path, num_bytes: int) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a file whole."""
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may keep the new name and lose what is in it
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(
+            f"'{path}' cannot be written: {error.strerror}",
+            "What a run finds out is kept in its folder",
+            "Free some space or mend the permissions; --resume then goes on from here",
+        ) from None
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """JSON text; numbers that JSON has no word for (a first fp16 step's infinite gradient norm) become null."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replace a JSON file whole."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, to_json(value, indent=2) + "\n")
 
 
 def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     """Replace a JSON Lines file whole."""
-    write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+    write_text(path, "".join(to_json(value) + "\n" for value in values))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from medcot import folder as folders
 from medcot.errors import RecipeError
 from medcot.recipe import Recipe, dump_recipe, load_recipe
 from medcot.records import Run
+from medcot.secrets import redact
 from medcot.train.progress import RunConsole
 
 if TYPE_CHECKING:
@@ -59,12 +60,12 @@ class Job:
         )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is not None:
-            from medcot.secrets import redact
-
-            stopped = issubclass(kind, KeyboardInterrupt)
-            self.record(status="stopped" if stopped else "failed", error=redact(f"{kind.__name__}: {error}"))
-        self.tracker.finish()
+        try:
+            if kind is not None:
+                stopped = issubclass(kind, KeyboardInterrupt)
+                self.record(status="stopped" if stopped else "failed", error=redact(f"{kind.__name__}: {error}"))
+        finally:
+            self.tracker.finish()
 
     def record(self, **facts: Any) -> None:
         """Add facts to run.json, and write it."""
@@ -99,18 +100,26 @@ def open_job(
         OutputError: the folder cannot be used, or holds no run to go on with.
     """
     screen = RunConsole(console)
+    given = [*([str(recipe)] if recipe != "default" else []), *overrides, *stages]
+    if resume and given:
+        raise RecipeError(
+            f"--resume was given with {', '.join(given)}",
+            "A resumed run keeps the recipe it was started with, else its two halves would not be one run",
+            "Leave them out, and name the run with --out; or start a new run",
+        )
     if not resume:
         resolved = load_recipe(recipe, overrides, stages)
+        text = dump_recipe(resolved)
+        if redact(text) != text:
+            raise RecipeError(
+                "the recipe holds the value of a secret",
+                "A recipe is saved with the run, where others may read it",
+                "Take the token out; medcot finds secrets by itself ('medcot doctor' says where)",
+            )
         new = folders.create_run(resolved.name, out)
-        folders.write_text(new.recipe, dump_recipe(resolved))
+        folders.write_text(new.recipe, text)
         screen.note(f"recipe {resolved.name}; run folder {new.folder}")
         return Job(new, resolved, _first_facts(resolved), screen)
-    if overrides or stages:
-        raise RecipeError(
-            f"--resume was given with {', '.join([*overrides, *stages])}",
-            "A resumed run keeps the recipe it was started with, else its two halves would not be one run",
-            "Leave the overrides out, or start a new run with them",
-        )
     old = folders.find_resumable(out)
     screen.note(f"going on with {old.folder}")
     saved = load_recipe(old.recipe)

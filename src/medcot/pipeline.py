@@ -12,17 +12,17 @@ the first probe's logits back, and switching it on must not.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medcot import folder as folders
-from medcot.errors import DataError
+from medcot.errors import DataError, ModelError
 from medcot.job import Job, open_job
 from medcot.proof import probe, prove_adapter
 from medcot.recipe import Recipe, load_recipe
-from medcot.records import Run
+from medcot.records import Example, Run
+from medcot.shapes import compute_shape
 from medcot.train.progress import RunConsole
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def run(
 def _do(job: Job) -> None:
     """The paragraph at the head of this file."""
     from medcot import asking, planning
+    from medcot.export import save_adapter
 
     recipe = job.recipe
     job.open_tracker()
@@ -90,7 +91,8 @@ def _do(job: Job) -> None:
         with job.stage("train"):
             _train(job, model, loaded, data)
         with job.stage("save adapter"):
-            _save_adapter(job, model, loaded)
+            save_adapter(model, loaded.tokenizer, job.run.adapter, init=recipe.lora.init)
+    job.facts["artifacts"]["adapter"] = job.run.adapter.name
     base_is_kept = recipe.lora.init == "default"
     job.record(proof=prove_adapter(model, loaded.tokenizer, style, before_probe, base_is_kept=base_is_kept))
     with job.stage("ask after"):
@@ -189,24 +191,38 @@ def _load_base(recipe: Recipe) -> LoadedModel:
 
 def _load(job: Job) -> LoadedModel:
     from medcot import engine, planning
-    from medcot.shapes import compute_shape
 
     loaded = _load_base(job.recipe)
     for note in loaded.notes:
         job.console.note(note)
-    folders.check_disk(job.run.folder, planning.estimate_disk_bytes(job.recipe, compute_shape(loaded.model.config)))
+    _check_same_base(job, loaded)
+    shape = compute_shape(loaded.model.config, trust_remote_code=job.recipe.model.trust_remote_code)
+    folders.check_disk(job.run.folder, planning.estimate_disk_bytes(job.recipe, shape))
     if job.recipe.train.accelerate:
         engine.accelerate(loaded.model)
     job.record(
         model={
             "source": loaded.source,
             "resolved": loaded.resolved,
+            "revision": loaded.revision,
             "params": loaded.num_params,
             "precision": loaded.precision,
             "device": str(loaded.device),
         }
     )
     return loaded
+
+
+def _check_same_base(job: Job, loaded: LoadedModel) -> None:
+    """Refuse to go on with another base than the run was started with: a Hub branch may have moved, or the machine."""
+    known = job.facts["model"]
+    for what, now in (("revision", loaded.revision), ("precision", loaded.precision)):
+        if known.get(what, now) != now:
+            raise ModelError(
+                f"the base model's {what} is '{now}', and the run was started with '{known[what]}'",
+                "A resumed run goes on with the base it was started with, else its two halves would not be one run",
+                "Go on where it was started, or start a new run",
+            )
 
 
 def _check_unchanged(job: Job, sha256: str) -> None:
@@ -243,9 +259,28 @@ def _answers(job: Job, when: str, model: Any, loaded: LoadedModel, problems: Seq
     if path.exists():
         job.console.note(f"already answered: {path}")
         return folders.read_lines(path)
-    lines = asking.answer_all(model, loaded.tokenizer, job.recipe, problems, job.console)
+    lines = asking.answer_all(
+        model, loaded.tokenizer, job.recipe, problems, job.console, graded_batch=_graded_batch(job, loaded, problems)
+    )
     folders.write_lines(path, lines)
     return lines
+
+
+def _graded_batch(job: Job, loaded: LoadedModel, problems: Sequence[Example]) -> int:
+    """Graded questions that fit the memory together; settled once, so that before and after are asked alike."""
+    from medcot import planning, prompt
+
+    stage = job.recipe.evaluate
+    if "graded_batch" not in job.facts:
+        style = prompt.Style(job.recipe.prompt.style)
+        lengths = [len(prompt.encode_prompt(p.question, style, loaded.tokenizer)) for p in problems]
+        row_tokens = max(lengths, default=0) + stage.max_new_tokens
+        shape = compute_shape(loaded.model.config, trust_remote_code=job.recipe.model.trust_remote_code)
+        fitting = planning.fit_answers(stage.batch_size, shape, loaded.precision, row_tokens, loaded.device)
+        if fitting < min(stage.batch_size, len(problems)):
+            job.console.note(f"graded problems are answered {fitting} at a time, for want of memory")
+        job.record(graded_batch=fitting)
+    return int(job.facts["graded_batch"])
 
 
 def _attach(job: Job, loaded: LoadedModel) -> PeftModel:
@@ -279,15 +314,14 @@ def _attach(job: Job, loaded: LoadedModel) -> PeftModel:
 
 def _train(job: Job, model: PeftModel, loaded: LoadedModel, data: TrainingData) -> None:
     from medcot import engine, planning
-    from medcot.shapes import compute_shape
     from medcot.train import sft
 
     fast = engine.engine_of(model) is not None
-    shape = compute_shape(loaded.model.config)
+    shape = compute_shape(loaded.model.config, trust_remote_code=job.recipe.model.trust_remote_code)
     plan, predicted_gb = planning.build_plan(job.recipe, data.rows, shape, loaded.precision, loaded.device, fast=fast)
     checkpoints = sft.list_checkpoints(job.run.checkpoints)
     resume_from = checkpoints[-1] if checkpoints else None
-    _keep_metrics(job.run, resume_from)
+    past = _keep_metrics(job.run, resume_from)
     if resume_from is not None:
         job.console.note(f"going on from {resume_from.name}")
     with job.console.training(plan.num_steps) as bar, job.run.metrics.open("a", encoding="utf-8") as log:
@@ -296,8 +330,8 @@ def _train(job: Job, model: PeftModel, loaded: LoadedModel, data: TrainingData) 
             if metrics is None:
                 bar.update(step)
                 return
-            line = dataclasses.asdict(metrics)
-            log.write(json.dumps(line) + "\n")
+            line = {key: value + past.get(key, 0) for key, value in dataclasses.asdict(metrics).items()}
+            log.write(folders.to_json(line) + "\n")
             log.flush()
             job.tracker.log({key: value for key, value in line.items() if key != "step"}, step)
             bar.update(
@@ -314,25 +348,23 @@ def _train(job: Job, model: PeftModel, loaded: LoadedModel, data: TrainingData) 
         )
     facts = dataclasses.asdict(result)
     logged = folders.read_lines(job.run.metrics)  # this process may have seen only the steps after a checkpoint
-    facts["loss_first"], facts["loss_last"] = logged[0]["loss"], logged[-1]["loss"]
+    first, last = logged[0], logged[-1]
+    facts["loss_first"], facts["loss_last"], facts["seconds"] = first["loss"], last["loss"], last["elapsed_s"]
+    facts["tokens_per_s"] = last["tokens"] / last["elapsed_s"]
+    facts["trained_tokens_per_s"] = last["trained_tokens"] / last["elapsed_s"]
     facts["predicted_memory_gb"] = round(predicted_gb, 2)
     facts["path"] = "engine" if fast else "plain"
     job.record(train=facts)
 
 
-def _keep_metrics(run: Run, resume_from: Path | None) -> None:
-    """Drop the lines of steps that will be done again."""
+def _keep_metrics(run: Run, resume_from: Path | None) -> dict[str, Any]:
+    """Drop the lines of steps that will be done again; return the sums so far, which this process goes on from."""
     if not run.metrics.exists():
-        return
+        return {}
     done = int(resume_from.name.rpartition("-")[2]) if resume_from is not None else 0
-    folders.write_lines(run.metrics, [line for line in folders.read_lines(run.metrics) if line["step"] <= done])
-
-
-def _save_adapter(job: Job, model: PeftModel, loaded: LoadedModel) -> None:
-    from medcot.export import save_adapter
-
-    save_adapter(model, loaded.tokenizer, job.run.adapter, init=job.recipe.lora.init)
-    job.facts["artifacts"]["adapter"] = job.run.adapter.name
+    kept = [line for line in folders.read_lines(run.metrics) if line["step"] <= done]
+    folders.write_lines(run.metrics, kept)
+    return {key: kept[-1][key] for key in ("tokens", "trained_tokens", "elapsed_s")} if kept else {}
 
 
 def _compare(job: Job, problems: Sequence[Any], before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:

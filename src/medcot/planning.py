@@ -11,21 +11,23 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from medcot import clinic, prompt
 from medcot.data import checks, columns, sources
-from medcot.engine.memory import adapter_params, predict_peak_gb
+from medcot.engine.attention import has_flash
+from medcot.engine.memory import adapter_params, predict_peak_gb, weight_gb
 from medcot.errors import DataError, RecipeError
-from medcot.recipe import Checkpointing, Recipe
+from medcot.recipe import Checkpointing, Recipe, TrainStage
 from medcot.records import Example, Quarantined, Row
 from medcot.secrets import SecretName, find_secret
 from medcot.train import sft
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from medcot.shapes import Shape
@@ -149,6 +151,7 @@ def build_plan(
     stage = recipe.train
     num_steps = sft.count_steps(len(rows), stage.batch_size, max_steps=stage.max_steps, epochs=stage.epochs)
     longest = sorted((row.num_tokens for row in rows), reverse=True)
+    padded = not has_flash(device, torch.float32 if precision == "fp32" else torch.float16)
 
     def predict(micro_batch: int, recompute: bool) -> float:
         return predict_peak_gb(
@@ -159,24 +162,10 @@ def build_plan(
             recompute=recompute,
             fast=fast,
             on_cpu=device.type == "cpu",
-            longest=longest[0] if device.type == "cpu" else 0,
+            longest=longest[0] if padded else 0,
         )
 
-    micro_batch = stage.micro_batch_size or stage.batch_size
-    if stage.batch_size % micro_batch:
-        raise RecipeError(
-            f"train.micro_batch_size={micro_batch} does not divide train.batch_size={stage.batch_size}",
-            "A step is split into forwards of equal numbers of rows",
-            f"Use one of {[n for n in range(1, stage.batch_size + 1) if stage.batch_size % n == 0]}",
-        )
-    wanted = stage.gradient_checkpointing
-    budget = free_memory_gb(device) * MEMORY_SHARE
-    recompute = wanted in (Checkpointing.ON, Checkpointing.OFFLOAD)
-    if wanted is Checkpointing.AUTO:
-        recompute = predict(micro_batch, False) > budget
-    if stage.micro_batch_size is None:
-        while micro_batch > 1 and predict(micro_batch, recompute) > budget:
-            micro_batch = max(n for n in range(1, micro_batch) if stage.batch_size % n == 0)
+    micro_batch, recompute = _choose_split(stage, predict, free_memory_gb(device) * MEMORY_SHARE)
     plan = sft.Plan(
         num_steps=num_steps,
         batch_size=stage.batch_size,
@@ -191,17 +180,50 @@ def build_plan(
         save_steps=stage.save_steps,
         keep_checkpoints=stage.keep_checkpoints,
         recompute=recompute,
-        offload=wanted is Checkpointing.OFFLOAD,
+        offload=stage.gradient_checkpointing is Checkpointing.OFFLOAD,
         seed=stage.seed,
     )
     return plan, predict(micro_batch, recompute)
 
 
+def _choose_split(stage: TrainStage, predict: Callable[[int, bool], float], budget_gb: float) -> tuple[int, bool]:
+    """Rows a forward, and whether to recompute: what the recipe says, else the fastest that fits the memory."""
+    micro_batch = stage.micro_batch_size or stage.batch_size
+    divisors = [n for n in range(1, stage.batch_size + 1) if stage.batch_size % n == 0]
+    if micro_batch not in divisors:
+        raise RecipeError(
+            f"train.micro_batch_size={micro_batch} does not divide train.batch_size={stage.batch_size}",
+            "A step is split into forwards of equal numbers of rows",
+            f"Use one of {divisors}",
+        )
+    recompute = stage.gradient_checkpointing in (Checkpointing.ON, Checkpointing.OFFLOAD)
+    if stage.gradient_checkpointing is Checkpointing.AUTO:
+        recompute = predict(micro_batch, False) > budget_gb
+    if stage.micro_batch_size is None:
+        while micro_batch > 1 and predict(micro_batch, recompute) > budget_gb:
+            micro_batch = max(n for n in divisors if n < micro_batch)
+    return micro_batch, recompute
+
+
+def fit_answers(wanted: int, shape: Shape, precision: str, row_tokens: int, device: torch.device) -> int:
+    """How many questions can be answered together: ``wanted``, or what the key/value cache has room for.
+
+    Args:
+        wanted: the recipe's number.
+        shape: the model's sizes.
+        precision: how the weights are held.
+        row_tokens: longest prompt and answer together.
+        device: where the cache lies.
+    """
+    bytes_per_value = 4 if precision == "fp32" else 2
+    row_bytes = 2 * shape.num_layers * shape.kv_heads * shape.head_dim * bytes_per_value * row_tokens
+    room_gb = free_memory_gb(device) * MEMORY_SHARE - weight_gb(shape, precision)
+    return max(1, min(wanted, int(room_gb * 2**30 // row_bytes)))
+
+
 def free_memory_gb(device: torch.device) -> float:
     """Memory that a run may use, GiB: what the GPU has in all, or what the machine has available."""
     if device.type == "cuda":
-        import torch
-
         return torch.cuda.get_device_properties(device).total_memory / 2**30
     import psutil
 

@@ -132,7 +132,7 @@ class TrainStage(Stage):
     gradient_checkpointing: Checkpointing = Checkpointing.AUTO
     accelerate: bool = True  # the engine's fast path; false runs the plain libraries
     logging_steps: PositiveInt = 10
-    save_steps: PositiveInt | None = None  # None: only at the end
+    save_steps: PositiveInt | None = None  # None: no checkpoints; the adapter is saved at the end
     keep_checkpoints: PositiveInt = 2
     seed: int = 3407
 

@@ -162,6 +162,8 @@ def _plain_reason(causal_lm: Any) -> str | None:
     model_type = causal_lm.config.model_type
     if model_type not in FAMILIES:
         return f"the engine knows {', '.join(FAMILIES)}, not {model_type}"
+    if causal_lm.config.to_dict().get("attention_dropout"):
+        return "its attention has dropout"
     if causal_lm.get_output_embeddings().bias is not None:
         return "its output head has a bias"
     trained = [name for name in ("embed_tokens", "norm") if _trains(causal_lm.model.get_submodule(name))]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from medcot.engine.attention import attention, build_layout
+from medcot.engine.attention import attention, build_layout, round_up
 from medcot.engine.layers import FastLayer, norm
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Decoder:
         self.lengths = [len(prompt) for prompt in prompts]
         self.prompts = prompts
         self.used = max(self.lengths)  # slots written so far
-        slots = -(-(self.used + max_new_tokens) // SLOT_STEP) * SLOT_STEP
+        slots = round_up(self.used + max_new_tokens, SLOT_STEP)
         first = self.layers[0]
         shape = (len(prompts), first.num_kv, slots, first.channels)
         self.keys = [torch.zeros(shape, dtype=engine.dtype, device=self.device) for _ in self.layers]
@@ -75,7 +75,7 @@ class Decoder:
     def step(self, ids_B: Tensor) -> Tensor:
         """Append one token to every row; return the logits of the next, (B, V)."""
         hidden_BD, cos_BC, sin_BC = self.engine.embed(ids_B, self.positions_B)
-        visible = min(-(-(self.used + 1) // SLOT_STEP) * SLOT_STEP, len(self.slot_S))
+        visible = min(round_up(self.used + 1, SLOT_STEP), len(self.slot_S))
         masks: dict[int | None, Tensor] = {}
         for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
             if layer.window not in masks:
@@ -94,8 +94,8 @@ class Decoder:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only, in this order; ``rows`` are indices into the current ones."""
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
+        for index in range(len(self.keys)):  # a layer at a time, so that the old cache is not held beside the new
+            self.keys[index], self.values[index] = self.keys[index][rows], self.values[index][rows]
         self.positions_B, self.starts_B = self.positions_B[rows], self.starts_B[rows]
 
     def _mask(self, visible: int, window: int | None) -> Tensor:

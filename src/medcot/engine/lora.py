@@ -215,6 +215,8 @@ def plain_reason(parts: Sequence[nn.Module]) -> str | None:
         return "only some of the projections that share its input have an adapter"
     if len({tuple(part.scaling.values()) for part in parts if isinstance(part, LoraLayer)}) > 1:
         return "the projections that share its input have different LoRA scales"
+    if len({type(base_of(part)) for part in parts}) > 1:
+        return "the projections that share its input are stored in different ways"
     if len({base_of(part).bias is None for part in parts}) > 1:
         return "only some of the projections that share its input have a bias"
     return None

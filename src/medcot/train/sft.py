@@ -118,8 +118,11 @@ def count_steps(num_rows: int, batch_size: int, *, max_steps: int | None, epochs
 
 
 def count_warmup(warmup: float, num_steps: int) -> int:
-    """Warm-up steps: a number of steps, or below 1 a share of all."""
-    return math.ceil(warmup * num_steps) if warmup < 1 else int(warmup)
+    """Warm-up steps: a number of steps, or below 1 a share of all; the last step is never one of them.
+
+    The first step of a warm-up has a learning rate of 0, so a run of warm-up alone could learn nothing.
+    """
+    return min(math.ceil(warmup * num_steps) if warmup < 1 else int(warmup), num_steps - 1)
 
 
 def choose_optimizer(name: str, device: torch.device) -> str:
@@ -221,7 +224,7 @@ class _Reporter(TrainerCallback):
             raise DivergedError(
                 f"the loss is {logs['loss']} at step {state.global_step}",
                 "Training goes on only while the loss is a finite number",
-                "Lower train.learning_rate, or raise train.warmup; the last checkpoint is whole",
+                "Start a new run with a lower train.learning_rate or a longer train.warmup",
             )
         now_s = time.monotonic()
         passed_s = max(now_s - self._last_s, 1e-9)
@@ -268,6 +271,8 @@ def train(
     Raises:
         DivergedError: the loss is no longer finite.
     """
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)  # what was asked before is not training's memory
     counter = _Counter()
     started_s = time.monotonic()
     with quiet_libraries():
@@ -341,6 +346,8 @@ def _build_trainer(
         disable_tqdm=True,
         log_level="error",
     )
+    assert config.device.type == model.device.type  # reading it settles the devices, so that the next line stays
+    config._n_gpu = 1  # one process, one GPU: transformers would multiply the batch by the GPUs it sees
     masters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer = ReasoningTrainer(
         model=model,

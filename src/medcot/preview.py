@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from medcot.train.progress import RunConsole
     from medcot.train.sft import Plan
 
-# Sustained rates of matrix products, FLOP/s, to guess a duration from; measured: two Zen 4 cores in bf16 and fp32, an
-# H200 in bf16. Other GPUs are scaled by their memory bandwidth's class, so a duration is a guess and is called one.
+# Rates of matrix products, FLOP/s, to guess a duration from. The CPU's are those of Zen 4 cores; Hopper's is what a whole
+# step of an 8B model reached on an H200; those of older GPUs are guesses by generation. A duration is called a guess.
 CPU_FLOPS_PER_CORE = {"bf16": 2.0e11, "fp32": 3.5e10}
 GPU_FLOPS = {9: 4.0e14, 8: 7.0e13, 7: 2.0e13}  # by compute capability: Hopper, Ampere and Ada, Volta and Turing
 
@@ -34,7 +34,7 @@ def print_plan(recipe: Recipe, screen: RunConsole) -> None:
     """Print recipe, plan and one row.
 
     Raises:
-        MedcotError: whatever would stop the run itself.
+        MedcotError: what would stop the run itself before its weights are loaded.
     """
     from medcot.model import load_tokenizer
     from medcot.precision import choose_device, choose_precision
@@ -43,6 +43,8 @@ def print_plan(recipe: Recipe, screen: RunConsole) -> None:
     console = screen.console
     console.print(Syntax(dump_recipe(recipe).strip(), "yaml", background_color="default"))
     raw = planning.read_examples(recipe)
+    if recipe.evaluate.source:
+        planning.load_test_problems(recipe.evaluate.source)
     stage = recipe.model
     tokenizer = load_tokenizer(
         stage.source,

@@ -3,10 +3,11 @@
 Same rows in the same order, same LoRA, same optimizer, same labels (reasoning, answer and EOS), same rows a forward,
 same process. What is plain is what someone would write with those libraries' documentation and no tricks: TRL's
 SFTTrainer with its own padding collator. TRL 1.15's own loss is a Triton kernel and does not run on a CPU, so
-``compute_loss`` is transformers' own: the model's loss over its logits. Two things are set in favour of the plain side:
-recomputation of activations, on by default in TRL, is off, and it may choose how it computes in bf16. Each way is tried
-first and the fastest is the baseline:
+``compute_loss`` is transformers' own: the model's loss over its logits. The plain side may choose how it is set up.
+Each way is tried first and the fastest is the baseline (``--variants`` names the ways to try):
 
+- ``TRL's defaults``: 16-bit weights under TRL's own bf16 autocast, activations recomputed, as SFTConfig sets it; the
+  other three have recomputation switched off by hand;
 - ``bf16 weights``: 16-bit weights under TRL's own bf16 autocast, which is what TRL does unless told otherwise;
 - ``autocast``: float32 weights under bf16 autocast;
 - ``all bf16``: weights and adapters in bf16 without autocast; an update below 1/256 of a weight is lost.
@@ -61,7 +62,13 @@ LEARNING_RATE = 2e-4
 RANK = 16
 WARMUP_STEPS = 2  # not counted: allocators grow, kernels are chosen
 LIBRARIES = ("torch", "transformers", "peft", "trl")
-VARIANTS = {"bf16 weights": torch.bfloat16, "autocast": torch.float32, "all bf16": torch.bfloat16}
+AS_IT_COMES = "TRL's defaults"
+VARIANTS = {
+    AS_IT_COMES: torch.bfloat16,
+    "bf16 weights": torch.bfloat16,
+    "autocast": torch.float32,
+    "all bf16": torch.bfloat16,
+}
 OURS = "medcot"
 TRAINED_ONLY = "head on trained"
 
@@ -153,7 +160,7 @@ def run_plain(
         seed=SEED,
         use_cpu=True,
         bf16=not pure,
-        gradient_checkpointing=False,
+        gradient_checkpointing=variant == AS_IT_COMES,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         logging_steps=1,

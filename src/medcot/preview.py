@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from medcot.train.progress import RunConsole
     from medcot.train.sft import Plan
 
-# Rates of matrix products, FLOP/s, to guess a duration from. The CPU's are those of Zen 4 cores; Hopper's is what a whole
-# step of an 8B model reached on an H200; those of older GPUs are guesses by generation. A duration is called a guess.
+# Rates of matrix products, FLOP/s, to guess a duration from. The CPU's are those of Zen 4 cores; Hopper's is what a
+# whole step of an 8B model reached on an H200; those of older GPUs are guesses by generation, and called so.
 CPU_FLOPS_PER_CORE = {"bf16": 2.0e11, "fp32": 3.5e10}
 GPU_FLOPS = {9: 4.0e14, 8: 7.0e13, 7: 2.0e13}  # by compute capability: Hopper, Ampere and Ada, Volta and Turing
 

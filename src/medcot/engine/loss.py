@@ -33,9 +33,10 @@ class TokenLoss(torch.autograd.Function):
         """Return the float32 sum; keeps the finished gradient, (T, D)."""
         total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
         d_hidden_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
-        num_chunks = max(1, -(-hidden_TD.shape[0] // chunk_tokens))
-        even = -(-hidden_TD.shape[0] // num_chunks)  # no thin last chunk: thin products are slow ones
-        for start in range(0, hidden_TD.shape[0], even):
+        num_tokens = hidden_TD.shape[0]
+        num_chunks = -(-num_tokens // chunk_tokens)
+        even = -(-num_tokens // max(num_chunks, 1))  # no thin last chunk: thin products are slow ones
+        for start in range(0, num_tokens, max(even, 1)):
             rows = slice(start, start + even)
             loss, p_BV = _softmax_and_loss(hidden_TD[rows] @ head_VD.T, targets_T[rows])
             total += loss

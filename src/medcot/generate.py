@@ -159,7 +159,7 @@ def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> T
     arXiv:1904.09751).
     """
     if sampling.temperature == 0:
-        return logits_BV.float().argmax(-1)  # on a CPU argmax of bf16 is not vectorised: 18 ms, not 4, for 100 rows
+        return logits_BV.float().argmax(-1)  # on a CPU 2.5 ms for 100 rows; straight from bf16, 8.8
     probabilities_BV = (logits_BV.float() / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         sorted_BV, ids_BV = probabilities_BV.sort(-1, descending=True)

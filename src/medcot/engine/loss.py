@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 # 160 rows of a 49k vocabulary are 31 MB in float32, which a last-level cache of 32 MB still holds between the passes;
-# with 64 rows the products are too thin (418 ms against 299 ms for 640 tokens on two Zen 4 cores).
+# with 64 rows the products are too thin (337 ms against 297 for 640 tokens on two Zen 4 cores; bench/cpu_ops.py).
 CHUNK_TOKENS_CPU = 160
 # A GPU wants large products; 1,024 rows of a 128k vocabulary are 0.26 GB of 16-bit logits.
 CHUNK_TOKENS_GPU = 1024
@@ -55,7 +55,6 @@ class TokenLoss(torch.autograd.Function):
 
 def _softmax_and_loss(logits_BV: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
     """Return the chunk's summed loss and its softmax, both in float32."""
-    # Cast first: softmax(dtype=float32) of a 16-bit tensor takes a path eight times slower on a CPU (16 ms, not 2).
     p_BV = logits_BV.float().softmax(-1)
     # logsumexp = logit - log p of any token; the likeliest one's p is at least 1/V, so its logarithm is exact.
     logsumexp_B = logits_BV.amax(-1).float() - p_BV.amax(-1).log()

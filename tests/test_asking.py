@@ -92,6 +92,13 @@ def test_asked_ones_are_sampled_and_graded_ones_decoded_greedily(monkeypatch, to
     assert asked["seed"] == graded["seed"] == 5
 
 
+def test_only_asked_questions_can_go_on_after_eos(monkeypatch, tokenizer):
+    model, _ = _ask(monkeypatch, tokenizer, BEFORE, "ask.ignore_eos=true")
+    assert [call["stop_at_eos"] for call in model.calls] == [False, True]
+    model, _ = _ask(monkeypatch, tokenizer, BEFORE)
+    assert [call["stop_at_eos"] for call in model.calls] == [True, True]
+
+
 def test_without_graded_problems_only_questions_are_asked(monkeypatch, tokenizer):
     model, lines = _ask(monkeypatch, tokenizer, [], problems=[])
     assert len(model.calls) == 1 and [line["kind"] for line in lines] == ["ask"]

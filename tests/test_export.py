@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from medcot import export, model
+from medcot import export, merging, model
 from medcot.errors import ModelError, OutputError
+from medcot.weights import find_weights
+from tiny_models import build_base
 
+INDEX = "model.safetensors.index.json"
 IDS = torch.tensor([[5, 9, 30, 41, 7, 7, 100]])
 
 
@@ -135,6 +138,111 @@ def test_a_checkpoint_that_exists_in_4_bit_only_is_unpacked(tiny_folder: Path, t
     assert "unpacked from nf4 to bf16" in merged.base
     assert "quantization_config" not in json.loads((merged.folder / "config.json").read_text())
     assert (logits(plain(merged.folder)) - logits(adapted)).abs().max() < 0.05 * logits(adapted).abs().max()
+
+
+# --- streaming against PEFT -------------------------------------------------------------------------------------------
+
+CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama in shards": ("llama", {}),
+    "tied embeddings": ("llama", {"tie_word_embeddings": True}),
+    "qwen2 with biases": ("qwen2", {}),
+}
+
+
+def write_checkpoint(folder: Path, tokenizer: Path, name: str, dtype: torch.dtype) -> Path:
+    """A tiny base in several shards, with the tokenizer of another."""
+    family, sizes = CHECKPOINTS[name]
+    base = build_base(family, dtype, vocab_size=262, eos_token_id=1, **sizes)
+    base.save_pretrained(folder, max_shard_size="60KB")
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    assert (folder / "model.safetensors.index.json").is_file()
+    return folder
+
+
+def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_streamed_weights_are_the_rounded_sums_and_their_folder_is_what_peft_would_have_saved(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+) -> None:
+    folder = write_checkpoint(tmp_path / "base", tiny_folder, name, dtype)
+    loaded, adapted = tuned(folder)
+    adapter = export.save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
+    monkeypatch.setattr(merging, "PIECE_WEIGHTS", 1000)  # several pieces a matrix, the last one shorter
+    monkeypatch.setattr(merging, "SHARD_BYTES", 50_000)
+    streamed = export.save_merged(loaded, adapter, tmp_path / "streamed")
+    exact = PeftModel.from_pretrained(plain(folder), adapter).merge_and_unload()
+    wanted = {key: value.bfloat16() for key, value in exact.state_dict().items()}
+    if "tied" in name:
+        del wanted["lm_head.weight"]
+    got = all_tensors(streamed.folder)
+    assert got.keys() == wanted.keys() and sum(not torch.equal(got[key], wanted[key]) for key in got) == 0
+    assert len(list(streamed.folder.glob("*.safetensors"))) > 3
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(streamed.folder, dtype=torch.float32)),
+        logits(exact.bfloat16().float()),
+    )
+
+    monkeypatch.setattr(export, "find_updates", lambda *_: None)
+    usual = export.save_merged(loaded, adapter, tmp_path / "usual")
+    for key, value in all_tensors(usual.folder).items():  # PEFT rounds the product, then the sum
+        torch.testing.assert_close(got[key], value, rtol=2**-7, atol=2**-8 * float(value.abs().max()))
+    files = {p.name for p in usual.folder.iterdir() if p.suffix != ".safetensors"}
+    assert {p.name for p in streamed.folder.iterdir() if p.suffix != ".safetensors"} == files | {INDEX}
+    for file in files - {INDEX}:
+        assert (streamed.folder / file).read_bytes() == (usual.folder / file).read_bytes(), file
+    assert streamed.base == usual.base
+    index = json.loads((streamed.folder / INDEX).read_text())
+    assert index["weight_map"].keys() == got.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in got.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "streams"),
+    [
+        ({}, True),
+        ({"rslora": True}, True),
+        ({"init": "pissa"}, True),
+        ({"dora": True}, False),
+        ({"bias": "all"}, False),
+    ],
+    ids=str,
+)
+def test_what_streaming_does_not_cover_is_left_to_peft(
+    tiny_folder: Path, tmp_path: Path, options: dict[str, Any], streams: bool
+) -> None:
+    loaded, adapted = tuned(tiny_folder, **options)
+    init = str(options.get("init", "default"))
+    adapter = export.save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter", init=init)
+    assert (merging.find_updates(find_weights(str(tiny_folder)), adapter) is not None) == streams
+    merged = export.save_merged(loaded, adapter, tmp_path / "merged")
+    drift = (logits(plain(merged.folder)) - logits(adapted)).abs().max()
+    assert drift < 0.05 * logits(adapted).abs().max()
+
+
+def test_a_head_that_is_the_embedding_too_is_left_to_peft(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "base", tiny_folder, "tied embeddings", torch.float32)
+    loaded, adapted = tuned(folder, targets=["q_proj", "lm_head"])
+    adapter = export.save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
+    assert merging.find_updates(find_weights(str(folder)), adapter) is None
+
+
+def test_integers_in_a_checkpoint_and_a_single_number_are_copied(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
+    tensors = load_file(folder / "model.safetensors")
+    extra = {"steps": torch.tensor([3, 1 << 40]), "flags": torch.tensor([True, False, True]), "one": torch.tensor(0.1)}
+    save_file(tensors | extra, folder / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "merged").mkdir()
+    merging.write_merged(
+        find_weights(str(folder)), {}, tmp_path / "merged", dtype=torch.float16, device=torch.device("cpu")
+    )
+    got = all_tensors(tmp_path / "merged")
+    assert got.keys() == tensors.keys() | extra.keys()
+    for key, value in (tensors | extra).items():
+        assert torch.equal(got[key], value.half() if value.is_floating_point() else value), key
 
 
 def test_adapter_and_model_never_share_a_folder(tiny_folder: Path, tmp_path: Path) -> None:

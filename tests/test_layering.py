@@ -17,15 +17,16 @@ SOURCE = Path(medcot.__file__).parent
 # line do not know each other. A package is named once, unless a part of it stands elsewhere.
 ORDER = """
     errors  records  quiet
+    ranks
     recipe  recipes  secrets  shapes
     prompt  precision  weights
-    data  clinic  engine  embedded
+    data  clinic  engine  embedded  merging
     model
     generate
     train  evaluate  export  hub  tracking_worker
     tracking  report
     machine  folder  asking  planning  proof
-    job  preview
+    job  preview  startup
     pipeline  doctor
     cli
     __main__

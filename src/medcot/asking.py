@@ -80,6 +80,7 @@ def answer_all(
                 sampling=sampling,
                 seed=recipe.ask.seed,
                 batch_size=batch_size,
+                stop_at_eos=kind == "eval" or not recipe.ask.ignore_eos,
                 on_progress=on_progress,
             )
         for example, question, ids, (tokens, finish) in zip(examples, worded, prompts, generated, strict=True):

@@ -106,7 +106,8 @@ def run(
             pipeline.plan(recipe, overrides, console=console)
             return
         facts = pipeline.run(recipe, overrides=overrides, out=out, resume=resume, console=console)
-        print_summary(facts, console)
+        if facts:  # a process that only helped to train has none
+            print_summary(facts, console)
 
 
 @app.command()

@@ -8,8 +8,9 @@ Everything here opens in the plain libraries without medcot. Three traps are avo
   conversion needs the initial adapter in a folder, loads it into the model being saved, and drops trained biases; ours
   works on the tensors.
 - **Merging into what was trained on is not merging into the base** when that was held in 4 or 8 bit. ``save_merged``
-  reads the base again in 16 bit, merges into that, and says so in ``Merged.base``. A checkpoint that exists only in
-  4 bit is unpacked first, and that is said too.
+  reads the base's own files again, merges into those, and says so in ``Merged.base``. Where it can, it does so without
+  building a model (``merging.py``); else PEFT merges a fresh 16-bit copy. A checkpoint that exists only in 4 bit is
+  unpacked first, and that is said too.
 - **An adapter beside merged weights is applied twice** by transformers 5, which loads any adapter it finds. So the two
   never share a folder.
 
@@ -29,15 +30,17 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import save_file
 
 from medcot.errors import ModelError, OutputError
+from medcot.merging import find_updates, write_merged
 from medcot.model import LoadedModel, initial_pissa_weights, load, load_adapter
 from medcot.precision import DTYPES
 from medcot.quiet import quiet_libraries
+from medcot.weights import EMBEDDED, Weights, find_weights, read_config
 
 with quiet_libraries():
     from peft import get_peft_model_state_dict
@@ -105,9 +108,10 @@ def save_merged(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Merged:
-    """Merge a saved adapter into a fresh 16-bit copy of its base and write weights and tokenizer to ``folder``.
+    """Merge a saved adapter into the base's own weights, in 16 bit, and write them with the tokenizer to ``folder``.
 
-    The model in memory is not touched. Twice the model's 16-bit size is needed: once in memory, once on disk.
+    The model in memory is not touched. The disk needs the model's 16-bit size; memory needs a few megabytes where
+    ``merging.find_updates`` covers base and adapter, and the model's 16-bit size where PEFT has to merge.
 
     Args:
         loaded: the base that was tuned; it says what to read again.
@@ -129,14 +133,36 @@ def save_merged(
         )
     check_free_space(folder, estimate_merged_bytes(loaded.num_params))
     precision = "fp16" if loaded.dtype == torch.float16 else "bf16"
+    allowed = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    weights = find_weights(
+        loaded.name if loaded.source == EMBEDDED else loaded.source, revision=loaded.revision, **allowed
+    )
+    updates = find_updates(weights, adapter)
+    if updates is None:
+        return _save_with_peft(loaded, adapter, folder, precision, device, allowed)
+    with _replacing(folder, estimate_merged_bytes(loaded.num_params)) as work:
+        num_bytes = write_merged(weights, updates, work, dtype=DTYPES[precision], device=torch.device(device))
+        _save_configuration(loaded, weights, DTYPES[precision], work)
+    return Merged(folder, _describe_base(loaded, weights.resolved, precision, precision), num_bytes)
+
+
+def _save_configuration(loaded: LoadedModel, weights: Weights, dtype: torch.dtype, work: Path) -> None:
+    """Write what stands beside the weights, as ``save_pretrained`` of the merged model would."""
+    config = read_config(weights)
+    config.dtype = dtype
+    config.architectures = [type(loaded.model).__name__]
+    with quiet_libraries():
+        config.save_pretrained(work)
+        cast("Any", loaded.model).generation_config.save_pretrained(work)
+        loaded.tokenizer.save_pretrained(work)
+
+
+def _save_with_peft(
+    loaded: LoadedModel, adapter: Path, folder: Path, precision: str, device: str, allowed: dict[str, bool]
+) -> Merged:
+    """Merge by loading base and adapter, for what ``find_updates`` does not cover."""
     base = load(
-        loaded.source,
-        precision=precision,
-        revision=loaded.revision,
-        max_seq_length=1,
-        device=device,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
+        loaded.source, precision=precision, revision=loaded.revision, max_seq_length=1, device=device, **allowed
     )
     merged = _merge(base, adapter, DTYPES[precision])
     with _replacing(folder, estimate_merged_bytes(loaded.num_params)) as work, quiet_libraries():
@@ -144,7 +170,7 @@ def save_merged(
         merged.save_pretrained(work, max_shard_size="5GB", save_original_format=base.precision in DTYPES)
         loaded.tokenizer.save_pretrained(work)
         num_bytes = sum(file.stat().st_size for file in work.glob("*.safetensors"))
-    return Merged(folder, _describe_base(loaded, base, precision), num_bytes)
+    return Merged(folder, _describe_base(loaded, base.resolved, base.precision, precision), num_bytes)
 
 
 def _merge(base: LoadedModel, adapter: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -210,13 +236,14 @@ def _convert_pissa(
     return converted
 
 
-def _describe_base(loaded: LoadedModel, base: LoadedModel, precision: str) -> str:
-    if base.precision not in DTYPES:
-        return f"merged into {base.resolved} unpacked from {base.precision} to {precision}: no 16-bit weights are there"
+def _describe_base(loaded: LoadedModel, resolved: str, held: str, precision: str) -> str:
+    """Say into what was merged; ``held`` is the precision in which the base's files hold it."""
+    if held not in DTYPES:
+        return f"merged into {resolved} unpacked from {held} to {precision}: no 16-bit weights are there"
     if loaded.precision in DTYPES:
-        return f"merged into {base.resolved} in {precision}"
+        return f"merged into {resolved} in {precision}"
     return (
-        f"merged into {base.resolved} in {precision}; training saw the same weights in {loaded.precision},"
+        f"merged into {resolved} in {precision}; training saw the same weights in {loaded.precision},"
         " so the merged model differs a little from the tuned one"
     )
 

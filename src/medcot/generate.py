@@ -1,8 +1,9 @@
 """Answers: batched generation with the model that is in memory, before and after training.
 
-An accelerated model decodes through the engine's static cache (``engine/decoding.py``); any other uses transformers'
-own ``generate``. Both give a row the same answer whatever batch it is in, up to rounding. Sampling draws from a
-generator of its own, seeded by the caller, so that the same questions get the same draws before and after training.
+An accelerated model decodes through the engine's static cache: step by step (``engine/decoding.py``), or on CUDA as a
+recorded graph that runs a few steps ahead of this loop (``engine/graph_decoding.py``); any other uses transformers' own
+``generate``. All give a row the same answer whatever batch it is in, up to rounding. Sampling draws from a generator of
+its own, seeded by the caller, so that the same questions get the same draws before and after training.
 
 R1-style sampling is temperature 0.6 and top_p 0.95 with no system prompt (DeepSeek-R1's model card); greedy decoding of
 these models loops, which is why questions are sampled and only short graded answers are decoded greedily.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from medcot.engine import Engine, engine_of
-from medcot.engine.decoding import Decoder
+from medcot.engine.decoding import Decoder, has_graphs
 from medcot.records import Finish
 
 if TYPE_CHECKING:
@@ -123,37 +124,108 @@ def _decode_fast(
     on_token: OnToken | None,
     on_progress: OnProgress | None,
 ) -> list[Generated]:
+    answers = _Answers(len(prompts), max_new_tokens, eos_ids, on_token, on_progress)
+    decode = _decode_on_cuda if has_graphs(engine) else _decode_portably
+    decode(engine, prompts, max_new_tokens, sampling, seed, answers)
+    return [_finished(tokens, eos_ids) for tokens in answers.written]
+
+
+class _Answers:
+    """What a batch has written so far, and whom to tell.
+
+    Attributes:
+        written: tokens of each row.
+        running: rows that have not ended.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        max_new_tokens: int,
+        eos_ids: set[int],
+        on_token: OnToken | None,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self.written: list[list[int]] = [[] for _ in range(num_rows)]
+        self.running = set(range(num_rows))
+        self._limit, self._eos_ids = max_new_tokens, eos_ids
+        self._on_token, self._on_progress = on_token, on_progress
+
+    def take(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Add a step's tokens; those of rows that have ended are a surplus, and are dropped."""
+        for row, token in zip(rows, tokens, strict=True):
+            if row not in self.running:
+                continue
+            self.written[row].append(token)
+            if self._on_token is not None:
+                self._on_token(row, token)
+            if token in self._eos_ids or len(self.written[row]) == self._limit:
+                self.running.remove(row)
+        if self._on_progress is not None:
+            self._on_progress(len(self.written) - len(self.running), len(self.written))
+
+    def survivors(self, rows: Sequence[int], drop_share: float) -> list[int] | None:
+        """The rows still running, where ``drop_share`` of these have ended; else ``None``."""
+        if not self.running or len(self.running) > (1 - drop_share) * len(rows):
+            return None
+        return [row for row in rows if row in self.running]
+
+
+def _decode_on_cuda(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    answers: _Answers,
+) -> None:
+    from medcot.engine.graph_decoding import DROP_SHARE as SHARE
+    from medcot.engine.graph_decoding import LAG, GraphDecoder, Steps
+
+    decoder = GraphDecoder(
+        Steps(engine, prompts, max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p, seed=seed)
+    )
+    try:
+        decoder.launch()
+        answers.take(*decoder.read())  # the first token is told before the step is recorded
+        while answers.running:
+            while decoder.launched < max_new_tokens and decoder.in_flight <= LAG:
+                decoder.launch()
+            answers.take(*decoder.read())
+            kept = answers.survivors(decoder.rows, SHARE)
+            if kept is not None and decoder.launched < max_new_tokens:
+                decoder.keep(kept)
+    finally:
+        decoder.close()
+
+
+def _decode_portably(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    answers: _Answers,
+) -> None:
     decoder = Decoder(engine, prompts, max_new_tokens)
     generator = torch.Generator(device=decoder.device).manual_seed(seed)
-    written: list[list[int]] = [[] for _ in prompts]
     cache_rows = list(range(len(prompts)))  # which prompt each row of the cache belongs to
-    running = set(cache_rows)
     logits_BV = decoder.prefill()
     while True:
         next_B = draw(logits_BV, sampling, generator)
-        for row, token in zip(cache_rows, next_B.tolist(), strict=True):
-            if row not in running:
-                continue
-            written[row].append(token)
-            if on_token is not None:
-                on_token(row, token)
-            if token in eos_ids or len(written[row]) == max_new_tokens:
-                running.remove(row)
-        if on_progress is not None:
-            on_progress(len(prompts) - len(running), len(prompts))
-        if not running:
-            break
-        if len(running) <= (1 - DROP_SHARE) * len(cache_rows):
-            kept = torch.tensor([i for i, row in enumerate(cache_rows) if row in running], device=decoder.device)
-            decoder.keep(kept)
-            next_B = next_B[kept]
-            cache_rows = [row for row in cache_rows if row in running]
+        answers.take(cache_rows, next_B.tolist())
+        if not answers.running:
+            return
+        kept = answers.survivors(cache_rows, DROP_SHARE)
+        if kept is not None:
+            places = torch.tensor([cache_rows.index(row) for row in kept], device=decoder.device)
+            decoder.keep(places)
+            next_B, cache_rows = next_B[places], kept
         logits_BV = decoder.step(next_B)
-    return [_finished(tokens, eos_ids) for tokens in written]
 
 
 def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Draw one token a row, (B): the most likely at temperature 0, else from the top_p nucleus.
+    """Draw one token a row, (B): the most likely at temperature 0, else from the top_p nucleus; the portable path's.
 
     The nucleus is the smallest set of most likely tokens whose probability reaches top_p (Holtzman et al. 2020,
     arXiv:1904.09751).

@@ -36,12 +36,18 @@ class Job:
         self.tracker: Tracker
 
     def __enter__(self) -> Job:
-        from medcot.machine import describe_machine, list_versions
+        from medcot.machine import list_versions
         from medcot.tracking import NoTracker
 
         self.tracker = NoTracker()
-        self.record(status="running", error=None, versions=list_versions(), machine=describe_machine())
+        self.record(status="running", error=None, versions=list_versions())
         return self
+
+    def describe_machine(self) -> None:
+        """Record what the run is made on; this imports torch."""
+        from medcot.machine import describe_machine
+
+        self.record(machine=describe_machine())
 
     def open_tracker(self) -> None:
         """Start tracking; from inside the job, so that a tracker that cannot start is recorded as a failed run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import sys
 from importlib import metadata
@@ -27,9 +28,11 @@ def describe_machine() -> str:
 
 def list_versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries a result depends on; absent ones are left out."""
-    installed = {distribution.name.lower(): distribution.version for distribution in metadata.distributions()}
-    found = {name: installed[name] for name in LIBRARIES if name in installed}
-    return {"python": ".".join(map(str, sys.version_info[:3])), **found}
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _processor() -> str:

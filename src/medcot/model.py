@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from medcot.embedded import convert_embedded, fetch_embedded
+from medcot.engine import hold_in_fp8
 from medcot.errors import MissingExtraError, ModelError, did_you_mean
 from medcot.precision import DTYPES, choose_device, choose_precision, quantised_precision
 from medcot.quiet import quiet_libraries
@@ -110,7 +111,7 @@ def load(
 
     Args:
         source: Hub id, folder, GGUF file or ``"embedded"``.
-        precision: auto, nf4, int8, bf16, fp16 or fp32.
+        precision: auto, nf4, int8, fp8, bf16, fp16 or fp32.
         revision: branch, tag or commit of a Hub repository.
         max_seq_length: longest row in tokens that will be used.
         device: ``"auto"`` (the current CUDA device, else the CPU) or a torch device.
@@ -137,6 +138,9 @@ def load(
     tokenizer = _load_tokenizer(weights, trust_remote_code)
     model = _load_weights(config, weights, chosen, dtype, target, trust_remote_code)
     model.requires_grad_(False).eval()
+    num_params = model.num_parameters()
+    if chosen == "fp8":
+        hold_in_fp8(model)
     # PEFT writes this name into every adapter; a snapshot folder inside the Hub's cache would help nobody.
     model.name_or_path = model.config._name_or_path = weights.name
     return LoadedModel(
@@ -146,7 +150,7 @@ def load(
         resolved=weights.resolved,
         precision=chosen,
         dtype=dtype,
-        num_params=model.num_parameters(),
+        num_params=num_params,
         device=target,
         name=weights.name,
         revision=weights.commit,

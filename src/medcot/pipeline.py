@@ -1,12 +1,15 @@
 """The whole job, in the order it happens; every other module is one of its verbs.
 
-    read the rows -> load the model -> make tokens -> ask -> attach LoRA and make it fast -> train -> save the adapter
-    -> ask again -> merge -> report -> push
+    import the libraries -> read the rows -> load the model -> make tokens -> ask -> attach LoRA and make it fast
+    -> train -> save the adapter -> ask again -> merge -> report -> push
 
 Each stage leaves its result in the run folder before the next begins, and ``--resume`` takes up where the folder says
 the job was: answers that were given stay given, training goes on from the last whole checkpoint, a saved adapter is
 loaded. The adapter is proved off before and on after: before, the model has none; after, switching it off must give
 the first probe's logits back, and switching it on must not.
+
+Started by ``torchrun`` or ``accelerate launch``, the first process does all this, and the others read the same rows,
+load the same model and take their share of each training step (``ranks.py``).
 """
 
 from __future__ import annotations
@@ -17,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medcot import folder as folders
-from medcot.errors import DataError, ModelError
+from medcot import ranks
+from medcot.errors import DataError, ModelError, RecipeError
 from medcot.job import Job, open_job
-from medcot.proof import probe, prove_adapter
 from medcot.recipe import Recipe, load_recipe
-from medcot.records import Example, Run
+from medcot.records import Example, Row, Run
 from medcot.shapes import compute_shape
 from medcot.train.progress import RunConsole
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
     from medcot.model import LoadedModel
     from medcot.planning import TrainingData
+    from medcot.train.sft import Plan
 
 
 def run(
@@ -44,6 +48,8 @@ def run(
 ) -> dict[str, Any]:
     """Do the whole job and return the facts that run.json holds, with ``folder`` added.
 
+    Of several processes the first one returns them; the others help to train, and return nothing.
+
     Args:
         recipe: a shipped recipe's name, a YAML file, or a ``Recipe``.
         overrides: ``"key.sub=value"`` strings.
@@ -55,19 +61,32 @@ def run(
     Raises:
         MedcotError: a mistake in recipe, data, model or folder; the message says what to do.
     """
-    job = open_job(recipe, [*overrides], stages, Path(out) if out is not None else None, resume, console)
-    with folders.held(job.run), job:
-        _do(job)
-    return {**job.facts, "folder": str(job.run.folder)}
+    with ranks.joined() as here:
+        if not here.is_first:
+            _help()
+            return {}
+        job = open_job(recipe, [*overrides], stages, Path(out) if out is not None else None, resume, console)
+        with folders.held(job.run), job:
+            _check_shares(job.recipe, here.size)
+            ranks.share((job.recipe.model_dump(mode="json"), job.run.folder))
+            _do(job)
+        return {**job.facts, "folder": str(job.run.folder)}
 
 
 def _do(job: Job) -> None:
     """The paragraph at the head of this file."""
-    from medcot import asking, planning
-    from medcot.export import save_adapter
+    from medcot.startup import Startup
 
     recipe = job.recipe
-    job.open_tracker()
+    with job.stage("import libraries"):
+        startup = Startup(recipe.model.source)
+        job.open_tracker()
+        startup.wait()
+        job.describe_machine()
+    from medcot import asking, planning
+    from medcot.export import save_adapter
+    from medcot.proof import probe, prove_adapter
+
     with job.stage("read data") as line:
         raw = planning.read_examples(recipe)
         _check_unchanged(job, raw.sha256)
@@ -81,12 +100,15 @@ def _do(job: Job) -> None:
         _keep_data(job, data, len(problems))
         line.detail = f"{len(data.rows):,} rows, {data.facts()['tokens']:,} tokens"
     style = recipe.prompt.style
-    before_probe = probe(loaded.model, loaded.tokenizer, style)
     with job.stage("ask before"):
+        before_probe = probe(loaded.model, loaded.tokenizer, style)
         before = _answers(job, "before", loaded.model, loaded, problems)
-    model = _attach(job, loaded)
+    with job.stage("attach adapter"):
+        model = _attach(job, loaded)
     if job.run.adapter.is_dir():
         job.console.note("training was complete; its adapter is loaded")
+        ranks.share(None)  # nothing is left to help with
+        ranks.part()
     else:
         with job.stage("train"):
             _train(job, model, loaded, data)
@@ -94,8 +116,8 @@ def _do(job: Job) -> None:
             save_adapter(model, loaded.tokenizer, job.run.adapter, init=recipe.lora.init)
     job.facts["artifacts"]["adapter"] = job.run.adapter.name
     base_is_kept = recipe.lora.init == "default"
-    job.record(proof=prove_adapter(model, loaded.tokenizer, style, before_probe, base_is_kept=base_is_kept))
     with job.stage("ask after"):
+        job.record(proof=prove_adapter(model, loaded.tokenizer, style, before_probe, base_is_kept=base_is_kept))
         after = _answers(job, "after", model, loaded, problems)
     _compare(job, problems, before, after)
     job.tracker.log_table("before and after", *asking.tabulate(before, after))
@@ -106,6 +128,52 @@ def _do(job: Job) -> None:
     with job.stage("report"):
         _report(job)
     _push(job)
+
+
+def _help() -> None:
+    """Take this process's share of a job's training; the first process does the rest."""
+    from medcot.startup import Startup
+
+    values, folder = ranks.share(None)
+    recipe = Recipe.model_validate(values)
+    Startup(recipe.model.source).wait()
+    from medcot import planning
+    from medcot.train import sft
+
+    raw = planning.read_examples(recipe)
+    loaded = _load_base(recipe)
+    data = planning.encode_examples(raw, recipe, loaded.tokenizer)
+    model = _attach_fresh(recipe, loaded)
+    order = ranks.share(None)  # the first process may be asking questions for an hour
+    if order is None:
+        return
+    plan, resume_from, sha256 = order
+    if raw.sha256 != sha256:
+        raise DataError(
+            f"process {ranks.current().rank} read other rows than the first one from '{recipe.data.source}'",
+            "The processes of a job divide the same rows among them",
+            "See that the file is the same for all, and does not change; then go on with --resume",
+        )
+    sft.train(model, loaded.tokenizer, data.rows, plan, Run(folder).checkpoints, resume_from=resume_from)
+
+
+def _check_shares(recipe: Recipe, num_processes: int) -> None:
+    """Refuse a batch that the processes cannot share evenly."""
+    stage = recipe.train
+    share, rest = divmod(stage.batch_size, num_processes)
+    if rest:
+        raise RecipeError(
+            f"train.batch_size={stage.batch_size} for {num_processes} processes",
+            "A step's rows are divided evenly among the processes, so that more of them change only the speed",
+            f"Set train.batch_size={(share + 1) * num_processes}, or start another number of processes",
+        )
+    if num_processes > 1 and stage.micro_batch_size is not None and share % stage.micro_batch_size:
+        raise RecipeError(
+            f"train.micro_batch_size={stage.micro_batch_size} and {share} rows a step for each of {num_processes}"
+            " processes",
+            "micro_batch_size is the rows of one forward in one process, and divides that process's rows of a step",
+            f"Set train.micro_batch_size={share} or a divisor of it",
+        )
 
 
 def ask(
@@ -286,42 +354,70 @@ def _graded_batch(job: Job, loaded: LoadedModel, problems: Sequence[Example]) ->
 def _attach(job: Job, loaded: LoadedModel) -> PeftModel:
     """Put the adapter on: the saved one where training is complete, else a fresh one."""
     from medcot import engine
-    from medcot.model import attach_lora, load_adapter
+    from medcot.model import load_adapter
 
-    engine.release(loaded.model)
     if job.run.adapter.is_dir():
+        engine.release(loaded.model)
         model = load_adapter(loaded, job.run.adapter)
+        if job.recipe.train.accelerate:
+            engine.accelerate(model)
     else:
-        lora = job.recipe.lora
-        model = attach_lora(
-            loaded,
-            r=lora.r,
-            alpha=lora.alpha,
-            dropout=lora.dropout,
-            bias=lora.bias,
-            targets=lora.targets,
-            rslora=lora.rslora,
-            dora=lora.dora,
-            init=lora.init,
-            seed=lora.seed,
-        )
-    if job.recipe.train.accelerate:
-        explanation = engine.accelerate(model)
-        if not explanation.fast:
-            job.console.warn(f"training takes the plain path, which is slower: {explanation.reason}")
+        model = _attach_fresh(job.recipe, loaded)
+    explanation = engine.explain(model)
+    if job.recipe.train.accelerate and not explanation.fast:
+        job.console.warn(f"training takes the plain path, which is slower: {explanation.reason}")
     return model
 
 
+def _attach_fresh(recipe: Recipe, loaded: LoadedModel) -> PeftModel:
+    from medcot import engine
+    from medcot.model import attach_lora
+
+    engine.release(loaded.model)
+    lora = recipe.lora
+    model = attach_lora(
+        loaded,
+        r=lora.r,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        bias=lora.bias,
+        targets=lora.targets,
+        rslora=lora.rslora,
+        dora=lora.dora,
+        init=lora.init,
+        seed=lora.seed,
+    )
+    if recipe.train.accelerate:
+        engine.accelerate(model)
+    return model
+
+
+def _build_plan(job: Job, rows: Sequence[Row], loaded: LoadedModel, *, fast: bool) -> tuple[Plan, float]:
+    """Resolve the optimizer's settings for one process's share of each step."""
+    from medcot import planning
+    from medcot.train import sft
+
+    recipe, num_processes = job.recipe, ranks.current().size
+    shape = compute_shape(loaded.model.config, trust_remote_code=recipe.model.trust_remote_code)
+    stage = recipe.train
+    if num_processes > 1:
+        steps = sft.count_steps(len(rows), stage.batch_size, max_steps=stage.max_steps, epochs=stage.epochs)
+        share = {"batch_size": stage.batch_size // num_processes, "max_steps": steps}
+        recipe = recipe.model_copy(update={"train": stage.model_copy(update=share)})
+    plan, predicted_gb = planning.build_plan(recipe, rows, shape, loaded.precision, loaded.device, fast=fast)
+    return dataclasses.replace(plan, batch_size=stage.batch_size), predicted_gb
+
+
 def _train(job: Job, model: PeftModel, loaded: LoadedModel, data: TrainingData) -> None:
-    from medcot import engine, planning
+    from medcot import engine
     from medcot.train import sft
 
     fast = engine.engine_of(model) is not None
-    shape = compute_shape(loaded.model.config, trust_remote_code=job.recipe.model.trust_remote_code)
-    plan, predicted_gb = planning.build_plan(job.recipe, data.rows, shape, loaded.precision, loaded.device, fast=fast)
+    plan, predicted_gb = _build_plan(job, data.rows, loaded, fast=fast)
     checkpoints = sft.list_checkpoints(job.run.checkpoints)
     resume_from = checkpoints[-1] if checkpoints else None
     past = _keep_metrics(job.run, resume_from)
+    ranks.share((plan, resume_from, data.raw.sha256))
     if resume_from is not None:
         job.console.note(f"going on from {resume_from.name}")
     with job.console.training(plan.num_steps) as bar, job.run.metrics.open("a", encoding="utf-8") as log:
@@ -344,7 +440,14 @@ def _train(job: Job, model: PeftModel, loaded: LoadedModel, data: TrainingData) 
             )
 
         result = sft.train(
-            model, loaded.tokenizer, data.rows, plan, job.run.checkpoints, resume_from=resume_from, on_step=on_step
+            model,
+            loaded.tokenizer,
+            data.rows,
+            plan,
+            job.run.checkpoints,
+            resume_from=resume_from,
+            on_step=on_step,
+            announce=job.console.warn,
         )
     facts = dataclasses.asdict(result)
     logged = folders.read_lines(job.run.metrics)  # this process may have seen only the steps after a checkpoint
@@ -354,6 +457,8 @@ def _train(job: Job, model: PeftModel, loaded: LoadedModel, data: TrainingData) 
     facts["trained_tokens_per_s"] = last["trained_tokens"] / last["elapsed_s"]
     facts["predicted_memory_gb"] = round(predicted_gb, 2)
     facts["path"] = "engine" if fast else "plain"
+    facts["processes"] = ranks.current().size
+    ranks.part()  # what follows is for one
     job.record(train=facts)
 
 
@@ -395,6 +500,7 @@ def _merge(job: Job, loaded: LoadedModel) -> str:
         loaded,
         job.run.adapter,
         job.run.merged,
+        device=str(loaded.device),
         allow_pickle=stage.allow_pickle,
         trust_remote_code=stage.trust_remote_code,
     )

@@ -19,8 +19,8 @@ import torch
 
 from medcot import clinic, prompt
 from medcot.data import checks, columns, sources
-from medcot.engine.attention import has_flash
-from medcot.engine.memory import adapter_params, predict_peak_gb, weight_gb
+from medcot.engine.devices import has_flash
+from medcot.engine.memory import SMALLEST, Keep, Memory, adapter_params, predict_peak_gb, weight_gb
 from medcot.errors import DataError, RecipeError
 from medcot.recipe import Checkpointing, Recipe, TrainStage
 from medcot.records import Example, Quarantined, Row
@@ -37,6 +37,13 @@ CLINIC_ROWS = 2000  # what "builtin:clinic" means without a slice
 CLINIC_SEED = 3407
 # Share of free memory a step may take before activations are recomputed: the rest is for fragmentation and the system.
 MEMORY_SHARE = 0.85
+# What a recipe's word allows, fastest first; the first that fits is taken.
+KEEPS: dict[Checkpointing, tuple[Keep, ...]] = {
+    Checkpointing.OFF: (Keep.ALL,),
+    Checkpointing.ON: (Keep.INPUT,),
+    Checkpointing.OFFLOAD: (Keep.HOST,),
+    Checkpointing.AUTO: (Keep.ALL, Keep.LEAN, Keep.INPUT),
+}
 
 
 @dataclass(frozen=True)
@@ -153,19 +160,19 @@ def build_plan(
     longest = sorted((row.num_tokens for row in rows), reverse=True)
     padded = not has_flash(device, torch.float32 if precision == "fp32" else torch.float16)
 
-    def predict(micro_batch: int, recompute: bool) -> float:
+    def predict(micro_batch: int, keep: Keep) -> float:
         return predict_peak_gb(
             shape,
             precision,
             tokens=sum(longest[:micro_batch]),
             rank=recipe.lora.r,
-            recompute=recompute,
+            memory=Memory(keep),
             fast=fast,
             on_cpu=device.type == "cpu",
             longest=longest[0] if padded else 0,
         )
 
-    micro_batch, recompute = _choose_split(stage, predict, free_memory_gb(device) * MEMORY_SHARE)
+    micro_batch, keep = _choose_split(stage, predict, free_memory_gb(device) * MEMORY_SHARE)
     plan = sft.Plan(
         num_steps=num_steps,
         batch_size=stage.batch_size,
@@ -179,15 +186,14 @@ def build_plan(
         logging_steps=stage.logging_steps,
         save_steps=stage.save_steps,
         keep_checkpoints=stage.keep_checkpoints,
-        recompute=recompute,
-        offload=stage.gradient_checkpointing is Checkpointing.OFFLOAD,
+        memory=SMALLEST if keep is Keep.HOST else Memory(keep),
         seed=stage.seed,
     )
-    return plan, predict(micro_batch, recompute)
+    return plan, predict(micro_batch, keep)
 
 
-def _choose_split(stage: TrainStage, predict: Callable[[int, bool], float], budget_gb: float) -> tuple[int, bool]:
-    """Rows a forward, and whether to recompute: what the recipe says, else the fastest that fits the memory."""
+def _choose_split(stage: TrainStage, predict: Callable[[int, Keep], float], budget_gb: float) -> tuple[int, Keep]:
+    """Rows a forward, and what layers keep: what the recipe says, else the fastest that fits the memory."""
     micro_batch = stage.micro_batch_size or stage.batch_size
     divisors = [n for n in range(1, stage.batch_size + 1) if stage.batch_size % n == 0]
     if micro_batch not in divisors:
@@ -196,13 +202,12 @@ def _choose_split(stage: TrainStage, predict: Callable[[int, bool], float], budg
             "A step is split into forwards of equal numbers of rows",
             f"Use one of {divisors}",
         )
-    recompute = stage.gradient_checkpointing in (Checkpointing.ON, Checkpointing.OFFLOAD)
-    if stage.gradient_checkpointing is Checkpointing.AUTO:
-        recompute = predict(micro_batch, False) > budget_gb
+    choices = KEEPS[stage.gradient_checkpointing]
+    keep = next((keep for keep in choices if predict(micro_batch, keep) <= budget_gb), choices[-1])
     if stage.micro_batch_size is None:
-        while micro_batch > 1 and predict(micro_batch, recompute) > budget_gb:
+        while micro_batch > 1 and predict(micro_batch, keep) > budget_gb:
             micro_batch = max(n for n in divisors if n < micro_batch)
-    return micro_batch, recompute
+    return micro_batch, keep
 
 
 def fit_answers(wanted: int, shape: Shape, precision: str, row_tokens: int, device: torch.device) -> int:

@@ -16,7 +16,7 @@ import torch
 from medcot.errors import ModelError, did_you_mean
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PRECISIONS = ("auto", "nf4", "int8", *DTYPES)
+PRECISIONS = ("auto", "nf4", "int8", "fp8", *DTYPES)
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -43,7 +43,7 @@ def choose_device(device: str = "auto") -> torch.device:
 def choose_precision(precision: str, device: torch.device) -> tuple[str, torch.dtype, str | None]:
     """Return the precision that ``auto`` stands for, the dtype of activations, and a sentence where a choice was made.
 
-    For nf4 and int8 the dtype is the one that ``auto`` would have chosen.
+    For nf4, int8 and fp8 the dtype is the one that ``auto`` would have chosen.
 
     Raises:
         ModelError: an unknown precision.

@@ -84,7 +84,7 @@ def _tabulate(
     table.add_row("tokens", f"{tokens:,} in all")
     table.add_row("model", f"{shape.num_params / 1e6:,.0f} M parameters in {precision} on {device.type}")
     table.add_row("memory", f"about {memory_gb:.1f} GiB at the peak, of {free_gb:.1f} GiB"
-                  + (", activations recomputed" if plan.recompute else ""))  # fmt: skip
+                  + (", activations recomputed" if plan.memory.keep.recomputes else ""))  # fmt: skip
     table.add_row("training", f"roughly {guess_seconds(shape, tokens, precision, device) / 60:.1f} minutes")
     return table
 

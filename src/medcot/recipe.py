@@ -31,6 +31,7 @@ class Precision(StrEnum):
     AUTO = "auto"
     NF4 = "nf4"
     INT8 = "int8"
+    FP8 = "fp8"
     BF16 = "bf16"
     FP16 = "fp16"
     FP32 = "fp32"
@@ -159,6 +160,7 @@ class AskStage(Stage):
     temperature: Annotated[float, Field(ge=0)] | None = None  # None: the model's generation_config, else 0.6
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None  # None: the model's generation_config, else 0.95
     seed: int = 3407
+    ignore_eos: bool = False  # write each answer to its limit, to measure speed
 
 
 class EvaluateStage(Stage):

@@ -135,6 +135,22 @@ def read_config(weights: Weights, *, trust_remote_code: bool = False) -> PreTrai
         raise _unreadable(weights, error) from None
 
 
+def list_shards(folder: Path) -> list[Path]:
+    """Return a model folder's safetensors files as transformers would read them: the one file, else those indexed."""
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    return [folder / name for name in sorted(set(index["weight_map"].values()))]
+
+
+def has_conversion(model_type: str) -> bool:
+    """Whether transformers renames or regroups this architecture's tensors while loading them."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    return get_checkpoint_conversion_mapping(model_type) is not None
+
+
 def load_gguf(
     path: Path,
     dtype: torch.dtype,

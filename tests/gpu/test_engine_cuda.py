@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from medcot.engine import accelerate, engine_of, reference
 from medcot.engine import attention as attention_module
-from medcot.engine.attention import attention, build_layout
+from medcot.engine.attention import attend, build_layout
 from medcot.engine.loss import token_loss
-from medcot.engine.pointwise import rms_norm, rotary_, swiglu
+from medcot.engine.memory import FASTEST, Keep, Memory
 from tiny_models import MIXED_WINDOWS, attach, build_base, distance, flatten, gradients, make_rows, plain_loss
 from twins import assert_twins, randn
 
@@ -113,8 +113,8 @@ def compare(fast: Any, plain: Any, dtype: torch.dtype) -> None:
     exact = copy.deepcopy(plain).float()
     engine = engine_of(fast)
     assert engine is not None
-    for recompute in (False, True):
-        loss, _ = engine.summed_loss(*flatten(rows), recompute=recompute)
+    for memory in (FASTEST, Memory(Keep.LEAN), Memory(Keep.INPUT, tile_tokens=32, chunk_tokens=50), Memory(Keep.HOST)):
+        loss, _ = engine.summed_loss(*flatten(rows), memory=memory)
         loss.backward()
         got = gradients(fast)
         true, usual = plain_loss(exact, rows), plain_loss(plain, rows)

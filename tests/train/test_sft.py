@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 import tiny_models
 from medcot.data.packing import build_dataset, collate, flatten_rows
 from medcot.engine import accelerate, engine_of
+from medcot.engine.memory import Keep, Memory
 from medcot.records import Row
 from medcot.train import sft
 
@@ -110,11 +111,11 @@ def test_any_split_of_a_step_gives_the_reference_gradient(
 
 
 @pytest.mark.parametrize(
-    "recompute", [{"recompute": True}, {"recompute": True, "offload": True}], ids=["on", "offload"]
+    "memory", [Memory(Keep.LEAN), Memory(Keep.INPUT), Memory(Keep.HOST, 16, 7)], ids=["lean", "input", "host"]
 )
 @pytest.mark.parametrize("fast", [True, False], ids=["engine", "plain"])
-def test_recomputing_gives_the_same_gradient(base_model, tokenizer, tmp_path, reference, recompute, fast):
-    _, _, got = _train(base_model, tokenizer, tmp_path, micro_batch_size=4, fast=fast, **recompute)
+def test_keeping_less_gives_the_same_gradient(base_model, tokenizer, tmp_path, reference, memory, fast):
+    _, _, got = _train(base_model, tokenizer, tmp_path, micro_batch_size=4, fast=fast, memory=memory)
     assert tiny_models.distance(got, reference[1]) < GRADIENT_TOLERANCE
 
 

@@ -13,18 +13,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from medcot.engine.attention import SHAPE_STEP, build_layout, has_flash
-from medcot.engine.layers import FAMILIES, FastLayer, layer_reason, norm, window_of
+from medcot.engine import pointwise
+from medcot.engine.attention import SHAPE_STEP, build_layout
+from medcot.engine.devices import has_flash, has_fp8, has_triton, send
+from medcot.engine.frozen import Fp8Linear, Fp8Weight, Matrix
+from medcot.engine.layers import FAMILIES, GROUPS, FastLayer, LayerPairs, Step, layer_reason, window_of
+from medcot.engine.lora import base_of, cast_adapters
 from medcot.engine.loss import token_loss
+from medcot.engine.memory import FASTEST, Keep, Memory
+from medcot.engine.stack import DecoderStack, HostStore
+from medcot.errors import ModelError
 
-__all__ = ["Engine", "Explanation", "accelerate", "engine_of", "explain", "release"]
+__all__ = ["Engine", "Explanation", "accelerate", "engine_of", "explain", "hold_in_fp8", "release"]
 
 
 @dataclass(frozen=True)
@@ -55,59 +62,106 @@ class Engine:
         config = self.causal_lm.config
         self.dtype: torch.dtype = self.decoder.norm.weight.dtype
         family = FAMILIES[config.model_type]
+        self.device: torch.device = self.decoder.norm.weight.device
+        self.ops: ModuleType = operations(self.device)
         self.layers = [
             FastLayer(layer, family, window_of(config, index), self.dtype)
             for index, layer in enumerate(self.decoder.layers)
         ]
+        self._host: HostStore | None = None
+        # Where the layers multiply in 8 bit, the head does so for the loss too; answers come from the head as it is.
+        head = self.causal_lm.lm_head.weight
+        in_fp8 = isinstance(self.layers[0].down.weight, Fp8Weight)
+        self.head: Tensor | Matrix = Fp8Weight([head], self.dtype) if in_fp8 else head
 
     def embed(self, ids_T: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Token embeddings (T, D) and the rotary angles' cosine and sine (T, C)."""
-        hidden_TD = self.decoder.embed_tokens(ids_T).to(self.dtype)
+        table = self.decoder.embed_tokens
+        hidden_TD = send(table(send(ids_T, table.weight.device)), self.device).to(self.dtype)
         cos_1TC, sin_1TC = self.decoder.rotary_emb(hidden_TD[None], position_ids=positions_T[None])
         return hidden_TD, cos_1TC[0], sin_1TC[0]
 
-    def hidden_states(self, ids_T: Tensor, lengths: Sequence[int], *, recompute: bool = False) -> Tensor:
+    def hidden_states(
+        self, ids_T: Tensor, lengths: Sequence[int], *, memory: Memory = FASTEST, positions_T: Tensor | None = None
+    ) -> Tensor:
         """Final hidden states (T, D), after the last norm.
 
         Args:
             ids_T: token ids of all rows, end to end.
             lengths: tokens of each row; they add up to T.
-            recompute: keep each layer's input only, and compute the rest again in the backward pass.
+            memory: what is kept for the backward pass.
+            positions_T: each token's position; ``None`` counts from 0 in each row.
         """
         num_tokens = len(ids_T)
+        if positions_T is None:
+            positions_T = torch.cat([torch.arange(length) for length in lengths])
         if ids_T.device.type == "cpu" and num_tokens % SHAPE_STEP:
             # The filler lengthens the last row at its end, where causal attention hides it from every real token.
             filler = SHAPE_STEP - num_tokens % SHAPE_STEP
             ids_T, lengths = F.pad(ids_T, (0, filler)), [*lengths[:-1], lengths[-1] + filler]
-        layout = build_layout(lengths, ids_T.device)
-        positions_T = torch.cat([torch.arange(length) for length in lengths]).to(ids_T.device)
-        hidden_TD, cos_TC, sin_TC = self.embed(ids_T, positions_T)
-        for layer in self.layers:
-            if recompute:
-                hidden_TD = checkpoint(layer, hidden_TD, cos_TC, sin_TC, layout, use_reentrant=False)
-            else:
-                hidden_TD = layer(hidden_TD, cos_TC, sin_TC, layout)
-        return norm(self.decoder.norm, hidden_TD[:num_tokens])
+            positions_T = F.pad(positions_T, (0, filler))
+        device = self.device
+        hidden_TD, cos_TC, sin_TC = self.embed(ids_T, send(positions_T, device))
+        step = Step(
+            layout=build_layout(lengths, device),
+            cos_TC=cos_TC.contiguous(),
+            sin_TC=sin_TC.contiguous(),
+            ops=self.ops,
+            keep=memory.keep,
+            tile_tokens=memory.tile_tokens,
+        )
+        groups = [projection.adapters() for layer in self.layers for projection in layer.projections]
+        cast = cast_adapters(groups, self.dtype, device)
+        pairs = [LayerPairs(*cast[first : first + len(GROUPS)]) for first in range(0, len(cast), len(GROUPS))]
+        adapters = [tensor for group in groups for adapter in group for tensor in (adapter.A, adapter.B)]
+        host = self._host_store() if memory.keep is Keep.HOST else None
+        final_TD = DecoderStack.apply(hidden_TD, self.layers, self.decoder.norm, pairs, step, host, *adapters)
+        return final_TD[:num_tokens]
+
+    def _host_store(self) -> HostStore:
+        if self._host is None:
+            self._host = HostStore(self.device)
+        return self._host
 
     def summed_loss(
-        self, ids_T: Tensor, labels_T: Tensor, lengths: Sequence[int], *, recompute: bool = False
+        self, ids_T: Tensor, labels_T: Tensor, lengths: Sequence[int], *, memory: Memory = FASTEST
     ) -> tuple[Tensor, int]:
         """Cross-entropy summed over the trained tokens, and how many they are.
 
         Args:
-            ids_T: token ids of all rows, end to end.
+            ids_T: token ids of all rows, end to end; best on the host.
             labels_T: the id to learn at each position, -100 for none; unshifted, and -100 at each row's first token.
             lengths: tokens of each row.
-            recompute: see ``hidden_states``.
+            memory: what is kept for the backward pass.
         """
-        hidden_TD = self.hidden_states(ids_T, lengths, recompute=recompute)
+        hidden_TD = self.hidden_states(ids_T, lengths, memory=memory)
+        # Found where the labels are: on the host, in training, so that nothing waits for the GPU.
         targets = (labels_T[1:] != -100).nonzero().flatten()
-        loss = token_loss(hidden_TD[targets], self.causal_lm.lm_head.weight, labels_T[1:][targets])
+        wanted_T = send(labels_T[1:][targets], self.device)
+        picked_TD = hidden_TD[send(targets, self.device)]
+        loss = token_loss(picked_TD, self.head, wanted_T, memory.chunk_tokens)
         return loss, len(targets)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Next-token logits (T, V) in the model's dtype."""
         return self.causal_lm.lm_head(hidden_TD)
+
+
+# What a base layer's class says about how its weights are held.
+BASES = {
+    "Linear": "dense",
+    "Linear4bit": "NF4, unpacked a group at a time",
+    "Fp8Linear": "FP8 products, a scale for each token and output",
+}
+
+
+def operations(device: torch.device) -> ModuleType:
+    """Return the module that holds the elementwise operations for a device: Triton's kernels, or plain torch."""
+    if has_triton(device):
+        from medcot.engine import launch
+
+        return launch
+    return pointwise
 
 
 # Both live on the instance they belong to, and go with it.
@@ -146,6 +200,31 @@ def engine_of(model: nn.Module) -> Engine | None:
     return vars(model).get(_ENGINE)
 
 
+def hold_in_fp8(model: nn.Module) -> None:
+    """Replace the seven projections of every layer by 8-bit ones, in place; each group's old weights are freed first.
+
+    Args:
+        model: a model of a known family without adapters, on a device that multiplies in FP8.
+
+    Raises:
+        ModelError: a family that the engine does not know, or a device without FP8 products.
+    """
+    causal_lm = _causal_lm(model)
+    if causal_lm.config.model_type not in FAMILIES or not has_fp8(causal_lm.device):
+        raise ModelError(
+            f"precision fp8 for a {causal_lm.config.model_type} model on {causal_lm.device}",
+            f"8-bit products are the engine's own: {', '.join(FAMILIES)}, on a GPU of Hopper's generation or later",
+            "Set model.precision=auto or nf4",
+        )
+    for layer in causal_lm.model.layers:
+        for owner, names in GROUPS:
+            parent = layer.get_submodule(owner)
+            bases = [getattr(parent, name) for name in names]
+            weight = Fp8Weight([base.weight for base in bases], causal_lm.dtype)
+            for index, (name, base) in enumerate(zip(names, bases, strict=True)):
+                setattr(parent, name, Fp8Linear(weight, index, base.bias))
+
+
 def release(model: nn.Module) -> None:
     """Forget a model's fast forward, before the model is changed in ways the engine would not see (a new adapter)."""
     for name in (_ENGINE, _EXPLANATION):
@@ -182,10 +261,13 @@ def _trains(module: nn.Module) -> bool:
 
 
 def _parts(causal_lm: Any) -> dict[str, str]:
-    flash = has_flash(causal_lm.device, causal_lm.model.norm.weight.dtype)
+    device = causal_lm.device
+    flash = has_flash(device, causal_lm.model.norm.weight.dtype)
+    base = type(base_of(causal_lm.model.layers[0].mlp.down_proj)).__name__
+    kernels = "Triton kernels" if has_triton(device) else "plain torch, gradients written out"
     return {
-        "projections": "q/k/v and gate/up fused, LoRA added in place, base frozen",
+        "projections": f"q/k/v and gate/up fused, base {BASES[base]}; LoRA added by whoever reads the output",
         "attention": "torch varlen_attn" if flash else "padded inside attention only, blocks of queries",
-        "norm, rotary, SwiGLU": "own backward, in place where nothing else reads",
-        "loss": "trained tokens only, in chunks, no logits kept",
+        "norm, rotary, SwiGLU": kernels,
+        "loss": f"trained tokens only, in chunks, no logits kept; {kernels}",
     }

@@ -25,10 +25,12 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
+
+from medcot.engine.devices import has_flash, send
 
 # Queries are taken this many at a time: a block's scores then fit the L2 cache, and half the square is never computed.
 QUERY_BLOCK = 256
@@ -87,10 +89,10 @@ def build_layout(lengths: Sequence[int], device: torch.device) -> Layout:
     return Layout(
         tuple(lengths),
         padded_length,
-        torch.tensor(starts, dtype=torch.int32, device=device),
-        to_padded.to(device),
-        to_flat.to(device),
-        (~real_BL).flatten().to(device),
+        send(torch.tensor(starts, dtype=torch.int32), device),
+        send(to_padded, device),
+        send(to_flat, device),
+        send((~real_BL).flatten(), device),
     )
 
 
@@ -144,15 +146,70 @@ def _build_tables(layout: Layout, num_heads: int, num_kv: int) -> Tables:
     )
 
 
-class PaddedAttention(torch.autograd.Function):
-    """The portable path on a fused (T, H + 2G, C) buffer; one gradient buffer comes back, no splits or joins."""
+def attend(heads_TNC: Tensor, layout: Layout, num_kv: int, window: int | None) -> tuple[Tensor, Attended]:
+    """Causal attention within each row, and what its gradient needs.
 
-    @staticmethod
-    def forward(ctx: Any, fused_TNC: Tensor, layout: Layout, num_kv: int, window: int | None) -> Tensor:
-        """Return (T, H, C)."""
-        num_heads, channels = fused_TNC.shape[1] - 2 * num_kv, fused_TNC.shape[2]
+    Args:
+        heads_TNC: query, key and value heads of every token on one axis, (T, H + 2G, C), rotary already applied.
+        layout: where the rows lie.
+        num_kv: G, key/value heads.
+        window: keys a query sees, itself included; ``None`` for all.
+
+    Returns:
+        (T, H, C), and the state, whose ``gradients`` gives those of q, k and v.
+    """
+    state = FlashAttended if has_flash(heads_TNC.device, heads_TNC.dtype) else PaddedAttended
+    return state.attend(heads_TNC, layout, num_kv, window)
+
+
+class Attended(Protocol):
+    """What attention keeps for its gradient."""
+
+    def gradients(self, d_out_THC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q (T, H, C), k and v (T, G, C); may be asked once."""
+
+
+class FlashAttended:
+    """PyTorch's own kernel, which keeps its log-sums in a graph of autograd's; this holds both ends of that graph."""
+
+    def __init__(self, parts: tuple[Tensor, Tensor, Tensor], out_THC: Tensor) -> None:
+        self._parts, self._out_THC = parts, out_THC
+
+    @classmethod
+    def attend(cls, heads_TNC: Tensor, layout: Layout, num_kv: int, window: int | None) -> tuple[Tensor, FlashAttended]:
+        """See ``attend``."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        split = heads_TNC.split([heads_TNC.shape[1] - 2 * num_kv, num_kv, num_kv], 1)
+        q, k, v = (part.detach().requires_grad_() for part in split)
+        cu, longest = layout.cu_seqlens, layout.longest
+        gqa: dict[str, Any] = {"enable_gqa": True} if _varlen_takes_gqa() else {}
+        left = -1 if window is None else window - 1
+        with torch.enable_grad():
+            out_THC = cast("Tensor", varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(left, 0), **gqa))
+        return out_THC.detach(), cls((q, k, v), out_THC)
+
+    def gradients(self, d_out_THC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``Attended``."""
+        dq, dk, dv = torch.autograd.grad(self._out_THC, self._parts, d_out_THC)
+        return dq, dk, dv
+
+
+class PaddedAttended:
+    """The portable path: what the padded forward kept."""
+
+    def __init__(self, padded_RC: Tensor, probabilities: list[Tensor], layout: Layout, num_kv: int, window: int | None):
+        self._padded_RC, self._probabilities = padded_RC, probabilities
+        self._layout, self._num_kv, self._window = layout, num_kv, window
+
+    @classmethod
+    def attend(
+        cls, heads_TNC: Tensor, layout: Layout, num_kv: int, window: int | None
+    ) -> tuple[Tensor, PaddedAttended]:
+        """See ``attend``."""
+        num_heads, channels = heads_TNC.shape[1] - 2 * num_kv, heads_TNC.shape[2]
         tables = _find_tables(layout, num_heads, num_kv)
-        padded_RC = fused_TNC.reshape(-1, channels).index_select(0, tables.to_padded)
+        padded_RC = heads_TNC.reshape(-1, channels).index_select(0, tables.to_padded)
         q, k, v = _views(padded_RC, layout, num_heads, num_kv)
         keep = num_heads * len(layout.lengths) * layout.padded_length**2 <= KEEP_PROBABILITIES
         out = torch.empty_like(q)
@@ -162,37 +219,36 @@ class PaddedAttention(torch.autograd.Function):
             out[:, :, start : start + QUERY_BLOCK] = torch.bmm(p, v[:, keys]).unflatten(1, (q.shape[1], -1))
             if keep:
                 kept.append(p)
-        ctx.save_for_backward(padded_RC, *kept)
-        ctx.layout, ctx.num_kv, ctx.window, ctx.shape = layout, num_kv, window, fused_TNC.shape
-        return out.view(-1, channels).index_select(0, tables.queries_to_flat).view(-1, num_heads, channels)
+        out_THC = out.view(-1, channels).index_select(0, tables.queries_to_flat).view(-1, num_heads, channels)
+        return out_THC, cls(padded_RC, kept, layout, num_kv, window)
 
-    @staticmethod
-    def backward(ctx: Any, d_out_THC: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        """Return the gradient of the fused buffer."""
-        padded_RC, *kept = ctx.saved_tensors
-        layout: Layout = ctx.layout
+    def gradients(self, d_out_THC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``Attended``; the three are parts of one buffer."""
+        layout, padded_RC = self._layout, self._padded_RC
         num_heads, channels = d_out_THC.shape[1:]
-        tables = _find_tables(layout, num_heads, ctx.num_kv)
-        q, k, v = _views(padded_RC, layout, num_heads, ctx.num_kv)
+        tables = _find_tables(layout, num_heads, self._num_kv)
+        q, k, v = _views(padded_RC, layout, num_heads, self._num_kv)
         d_padded_RC = torch.zeros_like(padded_RC)
-        dq, dk, dv = _views(d_padded_RC, layout, num_heads, ctx.num_kv)
+        dq, dk, dv = _views(d_padded_RC, layout, num_heads, self._num_kv)
         d_out = d_out_THC.reshape(-1, channels).index_select(0, tables.queries_to_padded).view(q.shape)
         # Padding's gradient is zero, so that it adds nothing to dK and dV.
         hidden_1B1L1 = layout.is_padding.view(1, len(layout.lengths), 1, layout.padded_length, 1)
-        d_out.unflatten(0, (ctx.num_kv, -1)).masked_fill_(hidden_1B1L1, 0)
+        d_out.unflatten(0, (self._num_kv, -1)).masked_fill_(hidden_1B1L1, 0)
         for number, start in enumerate(range(0, layout.padded_length, QUERY_BLOCK)):
             block = slice(start, start + QUERY_BLOCK)
-            if kept:
-                p, keys = kept[number], _keys(start, q.shape[2], ctx.window)
+            if self._probabilities:
+                p, keys = self._probabilities[number], _keys(start, q.shape[2], self._window)
             else:
-                p, keys = _probabilities(q, k, start, ctx.window)
+                p, keys = _probabilities(q, k, start, self._window)
             d_out_block = d_out[:, :, block].flatten(1, 2)
             dv[:, keys].baddbmm_(p.transpose(1, 2), d_out_block)
             dp = torch.bmm(d_out_block, v[:, keys].transpose(1, 2))
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(channels**-0.5)
             dq[:, :, block] = torch.bmm(ds, k[:, keys]).unflatten(1, (q.shape[1], -1))
             dk[:, keys].baddbmm_(ds.transpose(1, 2), q[:, :, block].flatten(1, 2))
-        return d_padded_RC.index_select(0, tables.to_flat).view(ctx.shape), None, None, None
+        d_heads_TNC = d_padded_RC.index_select(0, tables.to_flat).view(len(d_out_THC), -1, channels)
+        dq, dk, dv = d_heads_TNC.split([num_heads, self._num_kv, self._num_kv], 1)
+        return dq, dk, dv
 
 
 def _views(padded_RC: Tensor, layout: Layout, num_heads: int, num_kv: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,14 +295,6 @@ def _mask(start: int, num_queries: int, groups: int, keys: tuple[int, int], wind
 
 
 @cache
-def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether ``varlen_attn`` runs there: its flash kernel wants 16 bit and compute capability 8.0."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-@cache
 def _varlen_takes_gqa() -> bool:
     """Whether varlen_attn must be told of grouped heads: torch 2.11 accepts them without a word, later ones ask."""
     from torch.nn.attention.varlen import varlen_attn
@@ -254,25 +302,6 @@ def _varlen_takes_gqa() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def attention(fused_TNC: Tensor, layout: Layout, num_kv: int, window: int | None = None) -> Tensor:
-    """Causal attention within each row.
-
-    Args:
-        fused_TNC: query, key and value heads of every token on one axis, (T, H + 2G, C), rotary already applied.
-        layout: where the rows lie.
-        num_kv: G, key/value heads.
-        window: keys a query sees, itself included; ``None`` for all.
-
-    Returns:
-        (T, H, C).
-    """
-    if not has_flash(fused_TNC.device, fused_TNC.dtype):
-        return PaddedAttention.apply(fused_TNC, layout, num_kv, window)
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = fused_TNC.split([fused_TNC.shape[1] - 2 * num_kv, num_kv, num_kv], 1)
-    cu = layout.cu_seqlens
-    gqa: dict[str, Any] = {"enable_gqa": True} if _varlen_takes_gqa() else {}
-    left = -1 if window is None else window - 1
-    longest = layout.longest
-    return cast("Tensor", varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(left, 0), **gqa))
+def attention(heads_TNC: Tensor, layout: Layout, num_kv: int, window: int | None = None) -> Tensor:
+    """``attend`` where no gradient is asked for, as in reading a prompt; (T, H, C)."""
+    return attend(heads_TNC, layout, num_kv, window)[0]

@@ -1,26 +1,32 @@
 """Decoding with a static key/value cache: the same layers as training, one token a row at a time.
 
 transformers' default cache grows by concatenation, which copies every key and value of every layer at each token; at
-100 rows that is most of the time on a CPU. Here the cache is one block, allocated once. Prompts are aligned at their
-right end, so that each new token of every row lands in the same slot and is written as one slice; a mask hides the
-empty slots at the left of shorter prompts, and positions count from each row's own first token, so a row's answer does
-not depend on its neighbours' lengths. Rows that have finished are dropped from the cache in batches.
+100 rows that is most of the time on a CPU. Here the cache is one block, allocated once.
+
+This file is what all devices share (a layer bound to its adapters, the reading of the prompts) and the portable
+decoder, plain torch, for a CPU or an older GPU; ``graph_decoding.py`` is the one for CUDA. The portable decoder aligns
+prompts at their right end, so that each new token of every row lands in the same slot and is written as one slice; a
+mask hides the empty slots at the left of shorter prompts, and positions count from each row's own first token, so a
+row's answer does not depend on its neighbours' lengths. Rows that have finished are dropped from the cache in batches.
 
 Adapters are applied unmerged, as they are switched when decoding starts.
 
-Axes: B rows; T tokens of all prompts; S cache slots; H query heads; G key/value heads; J = H/G; C channels.
+Axes: B rows; T tokens of all prompts; S cache slots; H query heads; G key/value heads; N = H + 2G; J = H/G;
+C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from medcot.engine.attention import attention, build_layout, round_up
-from medcot.engine.layers import FastLayer, norm
+from medcot.engine.devices import has_triton
+from medcot.engine.pointwise import rms_norm, rotary_, swiglu
+from medcot.engine.products import Product
 
 if TYPE_CHECKING:
     from medcot.engine import Engine
@@ -28,6 +34,94 @@ if TYPE_CHECKING:
 # Attention sees the cache up to the next multiple of this many slots, so that the CPU library compiles its product for
 # one shape in 32 steps and not at every step.
 SLOT_STEP = 32
+# Rotary embeddings whose angles depend on how long the row has become; a table of angles made in advance would differ.
+GROWING_ROTARY = ("dynamic", "longrope")
+
+
+class BoundLayer:
+    """A decoder layer's own modules with its products, bound to the adapters as they stand now.
+
+    Args:
+        engine: the model's fast forward.
+        index: which of its layers.
+    """
+
+    def __init__(self, engine: Engine, index: int) -> None:
+        fast: Any = engine.layers[index]
+        self.window: int | None = fast.window
+        self.num_kv: int = fast.num_kv
+        self.num_heads: int = fast.num_heads
+        self.channels: int = fast.channels
+        self.projections = list(fast.projections)
+        self.qkv, self.out, self.gate_up, self.down = (Product(p, engine.dtype) for p in self.projections)
+        layer = engine.causal_lm.model.layers[index]
+        self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        attn = layer.self_attn
+        self.head_norms = (attn.q_norm, attn.k_norm) if fast.family.norms_heads else None
+
+    @property
+    def products(self) -> tuple[Product, Product, Product, Product]:
+        """In the order of ``projections``: q/k/v, output, gate/up, down."""
+        return self.qkv, self.out, self.gate_up, self.down
+
+    def heads(self, hidden_TD: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+        """Norm, project and rotate: the fused (T, N, C) buffer of query, key and value heads."""
+        fused_TNC = self.qkv(norm(self.input_norm, hidden_TD)).unflatten(-1, (self.num_heads, self.channels))
+        if self.head_norms is not None:
+            q, k, v = self.split(fused_TNC)
+            fused_TNC = torch.cat((norm(self.head_norms[0], q), norm(self.head_norms[1], k), v), 1)
+        return rotary_(fused_TNC, cos_TC, sin_TC, self.num_heads - self.num_kv)
+
+    def split(self, fused_TNC: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value heads."""
+        return fused_TNC.split([self.num_heads - 2 * self.num_kv, self.num_kv, self.num_kv], 1)
+
+    def finish(self, hidden_TD: Tensor, attended_THC: Tensor) -> Tensor:
+        """Output projection, residual, norm, MLP, residual."""
+        hidden_TD = hidden_TD + self.out(attended_THC.flatten(1))
+        return hidden_TD + self.down(swiglu(self.gate_up(norm(self.mlp_norm, hidden_TD))))
+
+
+def norm(module: Any, x: Tensor) -> Tensor:
+    """Apply a transformers RMSNorm module's weight and epsilon."""
+    return rms_norm(x, module.weight, module.variance_epsilon)
+
+
+def has_graphs(engine: Engine) -> bool:
+    """Whether ``graph_decoding.py`` serves a model: Triton's kernels run there, in 16 bit, and angles stay put."""
+    rope_type = engine.causal_lm.model.rotary_emb.rope_type
+    in_16_bit = engine.dtype in (torch.float16, torch.bfloat16)
+    return has_triton(engine.causal_lm.device) and in_16_bit and rope_type not in GROWING_ROTARY
+
+
+def read_prompts(
+    engine: Engine,
+    layers: Sequence[BoundLayer],
+    prompts: Sequence[Sequence[int]],
+    store: Callable[[int, Tensor, Tensor, Tensor, Tensor], None],
+) -> Tensor:
+    """Read all prompts; return the last hidden state of each, normed, (B, D).
+
+    Args:
+        engine: the model's fast forward.
+        layers: its layers, bound.
+        prompts: token ids of each row, none empty.
+        store: called for each layer with its index, the row and the position of each token (T), and the tokens' key
+            and value heads (T, G, C).
+    """
+    device, lengths = engine.causal_lm.device, [len(prompt) for prompt in prompts]
+    ids_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    positions_T = torch.cat([torch.arange(length) for length in lengths]).to(device)
+    rows_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+    layout = build_layout(lengths, device)
+    hidden_TD, cos_TC, sin_TC = engine.embed(ids_T, positions_T)
+    for index, layer in enumerate(layers):
+        fused_TNC = layer.heads(hidden_TD, cos_TC, sin_TC)
+        _, keys_TGC, values_TGC = layer.split(fused_TNC)
+        store(index, rows_T, positions_T, keys_TGC, values_TGC)
+        hidden_TD = layer.finish(hidden_TD, attention(fused_TNC, layout, layer.num_kv, layer.window))
+    last_B = torch.tensor(lengths, device=device).cumsum(0) - 1
+    return norm(engine.causal_lm.model.norm, hidden_TD[last_B])
 
 
 class Decoder:
@@ -41,7 +135,7 @@ class Decoder:
 
     def __init__(self, engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         self.engine = engine
-        self.layers = [layer.bind(engine.dtype) for layer in engine.layers]
+        self.layers = [BoundLayer(engine, index) for index in range(len(engine.layers))]
         self.device = engine.causal_lm.device
         self.lengths = [len(prompt) for prompt in prompts]
         self.prompts = prompts
@@ -57,20 +151,13 @@ class Decoder:
 
     def prefill(self) -> Tensor:
         """Read all prompts; return the logits of each row's first new token, (B, V)."""
-        device = self.device
-        ids_T = torch.tensor([token for prompt in self.prompts for token in prompt], device=device)
-        positions_T = torch.cat([torch.arange(length) for length in self.lengths]).to(device)
-        rows_T = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths)).to(device)
-        slots_T = self.starts_B[rows_T] + positions_T
-        layout = build_layout(self.lengths, device)
-        hidden_TD, cos_TC, sin_TC = self.engine.embed(ids_T, positions_T)
-        for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
-            fused_TNC = layer.heads(hidden_TD, cos_TC, sin_TC)
-            keys[rows_T, :, slots_T] = fused_TNC[:, -2 * layer.num_kv : -layer.num_kv]
-            values[rows_T, :, slots_T] = fused_TNC[:, -layer.num_kv :]
-            hidden_TD = layer.finish(hidden_TD, attention(fused_TNC, layout, layer.num_kv, layer.window))
-        last_B = torch.tensor(self.lengths, device=device).cumsum(0) - 1
-        return self.engine.logits(norm(self.engine.decoder.norm, hidden_TD[last_B]))
+
+        def store(index: int, rows_T: Tensor, positions_T: Tensor, keys_TGC: Tensor, values_TGC: Tensor) -> None:
+            slots_T = self.starts_B[rows_T] + positions_T
+            self.keys[index][rows_T, :, slots_T] = keys_TGC
+            self.values[index][rows_T, :, slots_T] = values_TGC
+
+        return self.engine.logits(read_prompts(self.engine, self.layers, self.prompts, store))
 
     def step(self, ids_B: Tensor) -> Tensor:
         """Append one token to every row; return the logits of the next, (B, V)."""
@@ -80,17 +167,14 @@ class Decoder:
         for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
             if layer.window not in masks:
                 masks[layer.window] = self._mask(visible, layer.window)
-            fused_BNC = layer.heads(hidden_BD, cos_BC, sin_BC)
-            queries, new_keys, new_values = fused_BNC.split(
-                [fused_BNC.shape[1] - 2 * layer.num_kv, layer.num_kv, layer.num_kv], 1
-            )
+            queries, new_keys, new_values = layer.split(layer.heads(hidden_BD, cos_BC, sin_BC))
             keys[:, :, self.used] = new_keys
             values[:, :, self.used] = new_values
-            attended = _attend(layer, queries, keys[:, :, :visible], values[:, :, :visible], masks[layer.window])
+            attended = _attend(queries, keys[:, :, :visible], values[:, :, :visible], masks[layer.window])
             hidden_BD = layer.finish(hidden_BD, attended)
         self.used += 1
         self.positions_B = self.positions_B + 1
-        return self.engine.logits(norm(self.engine.decoder.norm, hidden_BD))
+        return self.engine.logits(norm(self.engine.causal_lm.model.norm, hidden_BD))
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only, in this order; ``rows`` are indices into the current ones."""
@@ -110,10 +194,11 @@ class Decoder:
         )[:, None]
 
 
-def _attend(layer: FastLayer, queries_BHC: Tensor, keys_BGSC: Tensor, values_BGSC: Tensor, mask_B1S: Tensor) -> Tensor:
+def _attend(queries_BHC: Tensor, keys_BGSC: Tensor, values_BGSC: Tensor, mask_B1S: Tensor) -> Tensor:
     """One query a row against its cache, (B, H, C)."""
     num_rows, num_heads, channels = queries_BHC.shape
-    queries = queries_BHC.reshape(num_rows * layer.num_kv, -1, channels)
-    mask = mask_B1S.repeat_interleave(layer.num_kv, 0)
+    num_kv = keys_BGSC.shape[1]
+    queries = queries_BHC.reshape(num_rows * num_kv, -1, channels)
+    mask = mask_B1S.repeat_interleave(num_kv, 0)
     scores = torch.baddbmm(mask, queries, keys_BGSC.flatten(0, 1).transpose(1, 2), alpha=channels**-0.5)
     return torch.bmm(scores.softmax(-1), values_BGSC.flatten(0, 1)).view(num_rows, num_heads, channels)

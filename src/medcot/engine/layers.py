@@ -1,25 +1,34 @@
-"""One decoder layer of the Llama family, on flattened rows, with every fast part in its place.
+"""One decoder layer of the Llama family, on flattened rows, forward and backward written out.
 
 Llama, Qwen2, Qwen3 and Mistral name their parts alike; what differs is a line of ``FAMILIES`` (Qwen3 norms its query
 and key heads; biases and windows are found on the modules and in the configuration). A new family of this build is a
 row there. Hidden states have no batch axis: (T, D), the rows of a batch end to end.
+
+Why not let autograd write the backward pass: it would keep every intermediate until its turn, and it meets each sum of
+gradients as a kernel of its own. Written out, a layer frees what it has used, adds residual gradients inside the norm's
+kernel, leaves low-rank terms to whoever reads their target (``lora.Term``), and can be told how much to remember
+(``memory.Keep``): all it may need, all but what is cheap to make again, or its input alone. When a layer is computed
+again for its gradient, the product of its down projection, a quarter of its arithmetic, is left out: no gradient
+depends on it.
+
+The residual stream x and the last projection's output y travel apart from layer to layer, because the kernel that adds
+them also makes the next norm.
+
+Axes: T tokens, D hidden, F intermediate, N outputs, H query heads, G key/value heads, C channels, R rank.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from medcot.engine.attention import Layout, attention
-from medcot.engine.lora import Projection, plain_reason
-from medcot.engine.pointwise import rms_norm, rotary_, swiglu
-
-Project = Callable[[Tensor], Tensor]
+from medcot.engine.attention import Attended, Layout, attend
+from medcot.engine.lora import Pairs, Projection, Term, plain_reason
+from medcot.engine.memory import Keep
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,76 @@ GROUPS = (
 )
 
 
+@dataclass(frozen=True)
+class Step:
+    """What every layer of one forward shares.
+
+    Attributes:
+        layout: where the rows lie.
+        cos_TC: cosine of the rotary angles, both halves equal.
+        sin_TC: their sine.
+        ops: ``pointwise`` or ``launch``.
+        keep: what a layer keeps for its gradient.
+        tile_tokens: tokens that the MLP takes at a time when it is computed again; ``None`` for all.
+    """
+
+    layout: Layout
+    cos_TC: Tensor
+    sin_TC: Tensor
+    ops: ModuleType
+    keep: Keep
+    tile_tokens: int | None = None
+
+
+class LayerPairs(NamedTuple):
+    """A layer's adapters as they are cast for one forward, in the order of ``GROUPS``."""
+
+    qkv: Pairs | None
+    out: Pairs | None
+    gate_up: Pairs | None
+    down: Pairs | None
+
+
+_Value = TypeVar("_Value")
+Gradients = list[Tensor]  # of one group's adapters: A₁, B₁, A₂, …
+
+
+@dataclass
+class MlpTrace:
+    """What the MLP keeps of its forward."""
+
+    normed_TD: Tensor | None
+    gate_up_TN: Tensor
+    u_TR: Tensor | None
+    product_TF: Tensor | None
+    u_down_TR: Tensor | None
+
+
+@dataclass
+class AttentionTrace:
+    """What attention keeps of its forward; ``raw_TN`` and the two r only where heads are normed."""
+
+    normed_TD: Tensor | None
+    u_TR: Tensor | None
+    state: Attended
+    attended_TN: Tensor
+    u_out_TR: Tensor | None
+    raw_TN: Tensor | None = None
+    r_heads: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass
+class Trace:
+    """What a layer keeps of its forward: the residual stream at its two norms, and its two halves' own."""
+
+    x_TD: Tensor
+    r_T: Tensor | None = None
+    middle_TD: Tensor | None = None
+    r_middle_T: Tensor | None = None
+    attention: AttentionTrace | None = None
+    mlp: MlpTrace | None = None
+
+
 class FastLayer:
     """A decoder layer's own weights, run through the engine's operations.
 
@@ -58,50 +137,252 @@ class FastLayer:
         self.layer = layer
         self.family = family
         self.window = window
-        projections = [Projection(parts, dtype) for parts in _groups(layer)]
-        self._projections = projections
-        self.qkv: Project
-        self.out: Project
-        self.gate_up: Project
-        self.down: Project
-        self.qkv, self.out, self.gate_up, self.down = projections
+        self.projections = [Projection(parts, dtype) for parts in _groups(layer)]
+        self.qkv, self.out, self.gate_up, self.down = self.projections
         self.channels: int = self.layer.self_attn.head_dim
-        self.num_heads = sum(projections[0].weight.out_features) // self.channels
-        self.num_kv = projections[0].weight.out_features[1] // self.channels
+        self.num_heads = sum(self.qkv.weight.out_features) // self.channels
+        self.num_kv = self.qkv.weight.out_features[1] // self.channels
 
-    def heads(self, hidden_TD: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-        """Norm, project and rotate: the fused (T, H + 2G, C) buffer of query, key and value heads."""
-        normed_TD = norm(self.layer.input_layernorm, hidden_TD)
-        fused_THC = self.qkv(normed_TD).unflatten(-1, (self.num_heads, self.channels))
-        num_rotated = self.num_heads - self.num_kv
+    def forward(
+        self, x_TD: Tensor, y_TD: Tensor | None, term: Term | None, pairs: LayerPairs, step: Step
+    ) -> tuple[Tensor, Tensor, Term | None, Trace]:
+        """Run the layer.
+
+        Args:
+            x_TD: the residual stream, without the last layer's output.
+            y_TD: the last layer's output, which is used up; ``None`` before the first.
+            term: its low-rank part.
+            pairs: the layer's adapters.
+            step: what the layers share.
+
+        Returns:
+            The residual stream, this layer's output, its low-rank part, and what the backward pass needs.
+        """
+        norms = self.layer.input_layernorm, self.layer.post_attention_layernorm
+        x_TD, normed_TD, r_T = step.ops.add_norm(x_TD, y_TD, term, norms[0].weight, norms[0].variance_epsilon)
+        trace = Trace(x_TD, r_T)
+        trace.attention, o_TD, o_term = self._attend(normed_TD, pairs, step)
+        trace.middle_TD, normed_TD, trace.r_middle_T = step.ops.add_norm(
+            x_TD, o_TD, o_term, norms[1].weight, norms[1].variance_epsilon
+        )
+        middle_TD = trace.middle_TD
+        if step.keep.recomputes:
+            y_TD, term = self._run_mlp(normed_TD, pairs, step)
+            return middle_TD, y_TD, term, Trace(x_TD)
+        trace.mlp = self._widen(normed_TD, pairs, step)
+        y_TD, trace.mlp.u_down_TR, term = self.down.project(
+            _there(trace.mlp.product_TF), pairs.down, self.down.weight.open()
+        )
+        if step.keep is Keep.LEAN:
+            trace.attention.normed_TD = trace.mlp.normed_TD = trace.mlp.product_TF = None
+        return middle_TD, y_TD, term, trace
+
+    def backward(
+        self, trace: Trace, d_out_TD: Tensor, pairs: LayerPairs, step: Step, *, wants_dx: bool
+    ) -> tuple[Tensor | None, list[Gradients]]:
+        """Return the gradient of the layer's input, and those of its adapters in the order of ``GROUPS``.
+
+        Args:
+            trace: what ``forward`` returned; it is taken apart on the way.
+            d_out_TD: gradient of residual stream and output together; it may be written over.
+            pairs: as in the forward.
+            step: as in the forward.
+            wants_dx: false for the first layer, whose input is not trained.
+        """
+        normed_TD = self._attend_again(trace, pairs, step) if step.keep.recomputes else None
+        d_middle_TD, mlp_gradients = self._mlp_backward(trace, normed_TD, d_out_TD, pairs, step)
+        del d_out_TD
+        dx_TD, attention_gradients = self._attention_backward(trace, d_middle_TD, pairs, step, wants_dx=wants_dx)
+        return dx_TD, attention_gradients + mlp_gradients
+
+    # --- attention ---
+
+    def _attend(self, normed_TD: Tensor, pairs: LayerPairs, step: Step) -> tuple[AttentionTrace, Tensor, Term | None]:
+        """Project, rotate, attend and project back: the trace, the output and its low-rank part."""
+        raw_TN, u_TR, term = self.qkv.project(normed_TD, pairs.qkv, self.qkv.weight.open())
+        heads_TNC = raw_TN.unflatten(-1, (self.num_heads, self.channels))
+        r_heads = None
         if self.family.norms_heads:
-            num_queries = num_rotated - self.num_kv
-            q, k, v = fused_THC.split([num_queries, self.num_kv, self.num_kv], 1)
-            attn = self.layer.self_attn
-            fused_THC = torch.cat((norm(attn.q_norm, q), norm(attn.k_norm, k), v), 1)
-        return rotary_(fused_THC, cos_TC, sin_TC, num_rotated)
+            if term is not None:
+                term.add_to(raw_TN)
+                term = None
+            heads_TNC, r_heads = self._norm_heads(heads_TNC, step)
+        heads_TNC = step.ops.rotate_(heads_TNC, term, step.cos_TC, step.sin_TC, self.num_kv)
+        attended_THC, state = attend(heads_TNC, step.layout, self.num_kv, self.window)
+        attended_TN = attended_THC.flatten(1)
+        o_TD, u_out_TR, o_term = self.out.project(attended_TN, pairs.out, self.out.weight.open())
+        raw = raw_TN if self.family.norms_heads else None
+        return AttentionTrace(normed_TD, u_TR, state, attended_TN, u_out_TR, raw, r_heads), o_TD, o_term
 
-    def finish(self, hidden_TD: Tensor, attended_THC: Tensor) -> Tensor:
-        """Output projection, residual, norm, MLP, residual."""
-        hidden_TD = hidden_TD + self.out(attended_THC.flatten(1))
-        normed_TD = norm(self.layer.post_attention_layernorm, hidden_TD)
-        return hidden_TD + self.down(swiglu(self.gate_up(normed_TD)))
+    def _attend_again(self, trace: Trace, pairs: LayerPairs, step: Step) -> Tensor:
+        """Fill a trace that holds the layer's input alone, up to the second norm, whose output is returned."""
+        first, second = self.layer.input_layernorm, self.layer.post_attention_layernorm
+        _, normed_TD, trace.r_T = step.ops.add_norm(trace.x_TD, None, None, first.weight, first.variance_epsilon)
+        trace.attention, o_TD, term = self._attend(normed_TD, pairs, step)
+        trace.middle_TD, normed_TD, trace.r_middle_T = step.ops.add_norm(
+            trace.x_TD, o_TD, term, second.weight, second.variance_epsilon
+        )
+        return normed_TD
 
-    def bind(self, dtype: torch.dtype) -> FastLayer:
-        """Return this layer with its adapters as they stand now, cast once; for decoding without gradients."""
-        bound = copy.copy(self)
-        bound.qkv, bound.out, bound.gate_up, bound.down = (p.bind(dtype) for p in self._projections)
-        return bound
+    def _attention_backward(
+        self, trace: Trace, d_middle_TD: Tensor, pairs: LayerPairs, step: Step, *, wants_dx: bool
+    ) -> tuple[Tensor | None, list[Gradients]]:
+        kept = _there(trace.attention)
+        trace.attention = None
+        d_attended_TN = self.out.weight.open().multiply_back(d_middle_TD)
+        term, out_gradients = _adapter_gradients(pairs.out, d_middle_TD, kept.attended_TN, kept.u_out_TR)
+        if term is not None:
+            term.add_to(d_attended_TN)
+        kept.attended_TN = kept.u_out_TR = None  # type: ignore[assignment]  # freed before the heads' gradients come
+        d_heads = kept.state.gradients(d_attended_TN.unflatten(-1, (-1, self.channels)))
+        del d_attended_TN
+        kept.state = None  # type: ignore[assignment]
+        d_heads_TNC = step.ops.rotate_back(*d_heads, step.cos_TC, step.sin_TC)
+        del d_heads
+        if self.family.norms_heads:
+            d_heads_TNC = self._norm_heads_back(d_heads_TNC, kept, step)
+        d_raw_TN = d_heads_TNC.flatten(1)
+        norm = self.layer.input_layernorm
+        if kept.normed_TD is None:
+            kept.normed_TD = step.ops.add_norm(trace.x_TD, None, None, norm.weight, norm.variance_epsilon)[1]
+        term, qkv_gradients = _adapter_gradients(pairs.qkv, d_raw_TN, kept.normed_TD, kept.u_TR)
+        if not wants_dx:
+            return None, [qkv_gradients, out_gradients]
+        d_normed_TD = self.qkv.weight.open().multiply_back(d_raw_TN)
+        dx_TD = step.ops.norm_grad(d_normed_TD, term, trace.x_TD, norm.weight, trace.r_T, d_middle_TD)
+        return dx_TD, [qkv_gradients, out_gradients]
 
-    def __call__(self, hidden_TD: Tensor, cos_TC: Tensor, sin_TC: Tensor, layout: Layout) -> Tensor:
-        """The whole layer, (T, D) to (T, D)."""
-        fused_THC = self.heads(hidden_TD, cos_TC, sin_TC)
-        return self.finish(hidden_TD, attention(fused_THC, layout, self.num_kv, self.window))
+    def _norm_heads(self, heads_TNC: Tensor, step: Step) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Norm each query and key head; the fused buffer anew, and the two norms' r."""
+        attn = self.layer.self_attn
+        q, k, v = heads_TNC.split([self.num_heads - 2 * self.num_kv, self.num_kv, self.num_kv], 1)
+        normed = []
+        for norm, part in ((attn.q_norm, q), (attn.k_norm, k)):
+            _, out, r = step.ops.add_norm(
+                part.reshape(-1, self.channels), None, None, norm.weight, norm.variance_epsilon
+            )
+            normed.append((out.view(part.shape), r))
+        (q, r_q), (k, r_k) = normed
+        return torch.cat((q, k, v), 1), (r_q, r_k)
+
+    def _norm_heads_back(self, d_heads_TNC: Tensor, kept: AttentionTrace, step: Step) -> Tensor:
+        attn = self.layer.self_attn
+        sizes = [self.num_heads - 2 * self.num_kv, self.num_kv, self.num_kv]
+        raw_TNC = _there(kept.raw_TN).unflatten(-1, (self.num_heads, self.channels))
+        norms, rs = (attn.q_norm, attn.k_norm), _there(kept.r_heads)
+        d_parts = list(d_heads_TNC.split(sizes, 1))
+        for i, (norm, r, raw) in enumerate(zip(norms, rs, raw_TNC.split(sizes, 1)[:2], strict=True)):
+            d_part, raw = (x.reshape(-1, self.channels) for x in (d_parts[i], raw))
+            d_parts[i] = step.ops.norm_grad(d_part, None, raw, norm.weight, r, None).view(d_parts[i].shape)
+        return torch.cat(d_parts, 1)
+
+    # --- MLP ---
+
+    def _widen(self, normed_TD: Tensor, pairs: LayerPairs, step: Step, matrix: Any = None) -> MlpTrace:
+        """Gate, up and their product."""
+        opened = self.gate_up.weight.open() if matrix is None else matrix
+        gate_up_TN, u_TR, term = self.gate_up.project(normed_TD, pairs.gate_up, opened)
+        return MlpTrace(normed_TD, gate_up_TN, u_TR, step.ops.swiglu(gate_up_TN, term), None)
+
+    def _run_mlp(self, normed_TD: Tensor, pairs: LayerPairs, step: Step) -> tuple[Tensor, Term | None]:
+        """The MLP's output, nothing kept, by tiles where the step says so."""
+        num_tokens = len(normed_TD)
+        tile = step.tile_tokens or num_tokens
+        wide, narrow = self.gate_up.weight.open(), self.down.weight.open()
+        if tile >= num_tokens:
+            mlp = self._widen(normed_TD, pairs, step, wide)
+            y_TD, _, term = self.down.project(_there(mlp.product_TF), pairs.down, narrow)
+            return y_TD, term
+        y_TD = torch.empty_like(normed_TD)
+        for start in range(0, num_tokens, tile):
+            rows = slice(start, start + tile)
+            mlp = self._widen(normed_TD[rows], pairs, step, wide)
+            part_TD, _, term = self.down.project(_there(mlp.product_TF), pairs.down, narrow)
+            if term is not None:
+                term.add_to(part_TD)
+            y_TD[rows] = part_TD
+        return y_TD, None
+
+    def _mlp_backward(
+        self, trace: Trace, normed_TD: Tensor | None, d_out_TD: Tensor, pairs: LayerPairs, step: Step
+    ) -> tuple[Tensor, list[Gradients]]:
+        """Gradient of the residual stream between the two halves; by tiles, each computed again, where asked to."""
+        wide, narrow = self.gate_up.weight.open(), self.down.weight.open()
+        middle_TD, r_T = _there(trace.middle_TD), _there(trace.r_middle_T)
+        trace.middle_TD = trace.r_middle_T = None
+        num_tokens = len(middle_TD)
+        tile = step.tile_tokens or num_tokens
+        if trace.mlp is not None or tile >= num_tokens:
+            mlp, trace.mlp = trace.mlp, None
+            if mlp is None:
+                mlp = self._widen(_there(normed_TD), pairs, step, wide)
+            return self._mlp_part_backward(mlp, middle_TD, r_T, d_out_TD, pairs, step, wide, narrow)
+        del normed_TD  # each tile makes its own
+        total: list[Gradients] = []
+        for start in range(0, num_tokens, tile):
+            rows = slice(start, start + tile)
+            d_TD, gradients = self._mlp_part_backward(
+                None, middle_TD[rows], r_T[rows], d_out_TD[rows], pairs, step, wide, narrow
+            )
+            d_out_TD[rows] = d_TD  # these rows' own gradient has been read for the last time
+            if total:
+                for sums, new in zip(total, gradients, strict=True):
+                    torch._foreach_add_(sums, new) if sums else None
+            else:
+                total = gradients
+        return d_out_TD, total
+
+    def _mlp_part_backward(
+        self, mlp: MlpTrace | None, middle_TD: Tensor, r_T: Tensor, d_out_TD: Tensor, pairs: LayerPairs, step: Step,
+        wide: Any, narrow: Any,
+    ) -> tuple[Tensor, list[Gradients]]:  # fmt: skip
+        norm = self.layer.post_attention_layernorm
+        if mlp is None or mlp.normed_TD is None:
+            normed_TD = step.ops.add_norm(middle_TD, None, None, norm.weight, norm.variance_epsilon)[1]
+            mlp = mlp or self._widen(normed_TD, pairs, step, wide)
+            mlp.normed_TD = normed_TD
+        if mlp.u_down_TR is None and pairs.down:
+            mlp.u_down_TR = _there(mlp.product_TF) @ pairs.down.A_RD.T
+        dh_TF = narrow.multiply_back(d_out_TD)
+        du_TR = pairs.down.thin_gradient(d_out_TD) if pairs.down else None
+        d_gate_up_TN, product_TF = step.ops.swiglu_grad(
+            dh_TF,
+            Term(du_TR, pairs.down.A_RD) if pairs.down and du_TR is not None else None,
+            mlp.gate_up_TN,
+            pairs.gate_up.term(_there(mlp.u_TR)) if pairs.gate_up and step.ops.KEEPS_TERMS else None,
+            wants_h=mlp.product_TF is None and pairs.down is not None,
+        )
+        del dh_TF
+        if product_TF is None:
+            product_TF = mlp.product_TF
+        down_gradients = (
+            pairs.down.gradients(d_out_TD, _there(product_TF), _there(mlp.u_down_TR), _there(du_TR))
+            if pairs.down
+            else []
+        )
+        normed_TD, u_TR = mlp.normed_TD, mlp.u_TR
+        del mlp, product_TF
+        d_normed_TD = wide.multiply_back(d_gate_up_TN)
+        term, gate_up_gradients = _adapter_gradients(pairs.gate_up, d_gate_up_TN, normed_TD, u_TR)
+        del d_gate_up_TN
+        d_TD = step.ops.norm_grad(d_normed_TD, term, middle_TD, norm.weight, r_T, d_out_TD)
+        return d_TD, [gate_up_gradients, down_gradients]
 
 
-def norm(module: Any, x: Tensor) -> Tensor:
-    """Apply a transformers RMSNorm module's weight and epsilon."""
-    return rms_norm(x, module.weight, module.variance_epsilon)
+def _adapter_gradients(
+    pairs: Pairs | None, dy_TN: Tensor, x_TD: Tensor | None, u_TR: Tensor | None
+) -> tuple[Term | None, Gradients]:
+    """The low-rank term that a group's dx lacks, and its adapters' gradients; nothing where no adapter is on."""
+    if pairs is None:
+        return None, []
+    du_TR = pairs.thin_gradient(dy_TN)
+    return Term(du_TR, pairs.A_RD), pairs.gradients(dy_TN, _there(x_TD), _there(u_TR), du_TR)
+
+
+def _there(value: _Value | None) -> _Value:
+    """A value that the trace is known to hold."""
+    assert value is not None, "the trace lacks what this step keeps"
+    return value
 
 
 def window_of(config: Any, index: int) -> int | None:

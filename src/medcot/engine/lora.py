@@ -2,112 +2,32 @@
 
 q, k and v read the same activation, and so do gate and up. The plain path multiplies each of them separately, casts
 the activation to the adapter's float32 once per adapter, and keeps every copy for the backward pass. Here the frozen
-weights of a group act as one (N, D) matrix (``frozen.py``), so the base costs one GEMM; the low-rank products are added
-into its output in place; the activation is kept once.
+weights of a group act as one (N, D) matrix (``frozen.py``), so the base costs one matrix product, and the activation is
+kept once. The low-rank term is handed on beside the output, as a ``Term``: whoever reads the output next adds it on the
+way, which spares a pass over the output (``kernels.py``), or in place where there is no such kernel.
 
-Backward, for ``y = x Wᵀ + s · (x Aᵢᵀ) Bᵢᵀ`` with W frozen (Hu et al. 2021, arXiv:2106.09685), and ``uᵢ = s · x Aᵢᵀ``:
+Backward, for ``y = x Wᵀ + s · (x Aᵢᵀ) Bᵢᵀ`` with W frozen (Hu et al. 2021, arXiv:2106.09685), and ``uᵢ = x Aᵢᵀ``:
 
-    dBᵢ = dyᵢᵀ uᵢ          duᵢ = s · dyᵢ Bᵢ          dAᵢ = duᵢᵀ x          dx = dy W + Σ duᵢ Aᵢ
+    dBᵢ = s · dyᵢᵀ uᵢ          duᵢ = dyᵢ (s Bᵢ)          dAᵢ = duᵢᵀ x          dx = dy W + Σ duᵢ Aᵢ
 
-There is no ``dW``. ``uᵢ`` is kept (R columns a projection); the concatenated A of a group makes all ``uᵢ`` one GEMM,
-and all ``dAᵢ`` another. The adapter stays in its own dtype (float32 master weights) and is cast to the activation's
-for the products, as autocast would.
+There is no ``dW``. ``uᵢ`` is kept (R columns a group); the concatenated A of a group makes all ``uᵢ`` one product, and
+all ``dAᵢ`` another. The adapter stays in its own dtype (float32 master weights) and is cast to the activation's once a
+forward, as autocast would, with the scale s taken into B.
 
-Axes: T tokens, D inputs, N outputs of the group, Nᵢ of one projection, R rank.
+Axes: T tokens, D inputs, N outputs of the group, Nᵢ of one projection, R rank of all of them, r of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medcot.engine.frozen import FrozenWeight, build_weight, fuse_parameters, unknown_storage
+from medcot.engine.frozen import FrozenWeight, Matrix, build_weight, fuse_parameters, unknown_storage
 from medcot.errors import ModelError
-
-
-class LoraLinear(torch.autograd.Function):
-    """The fused operation; ``adapters`` is ``A₁, B₁, A₂, B₂, …`` or nothing at all for a bare base."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_TD: Tensor, weight: FrozenWeight, bias_N: Tensor | None, scale: float, *adapters: Tensor
-    ) -> Tensor:
-        """Return (T, N)."""
-        y_TN = F.linear(x_TD, weight.dense(), bias_N)
-        As, Bs = adapters[0::2], adapters[1::2]
-        A_RD = _stack(As, x_TD.dtype)
-        B_list = [B.to(x_TD.dtype) for B in Bs]
-        u_TR = add_low_rank_(y_TN, x_TD, A_RD, B_list, scale)
-        ctx.save_for_backward(x_TD, A_RD, u_TR, *B_list)
-        ctx.weight, ctx.scale = weight, scale  # frozen: autograd need not watch it
-        ctx.adapter_dtypes = [adapter.dtype for adapter in adapters]
-        return y_TN
-
-    @staticmethod
-    def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Return dx and every dA, dB; see the head of the file."""
-        x_TD, A_RD, u_TR, *B_list = ctx.saved_tensors
-        columns = _columns(dy_TN, u_TR, B_list)
-        dBs = [dy_columns.T @ u_columns for dy_columns, u_columns, _ in columns]
-        du_TR = _join([dy_columns @ B for dy_columns, _, B in columns])
-        if ctx.scale != 1:
-            du_TR *= ctx.scale
-        dA_RD = du_TR.T @ x_TD
-        dx_TD = None
-        if ctx.needs_input_grad[0]:
-            dx_TD = (dy_TN @ ctx.weight.dense()).addmm_(du_TR, A_RD)
-        dAs = dA_RD.split([B.shape[1] for B in B_list])
-        gradients = [gradient for pair in zip(dAs, dBs, strict=True) for gradient in pair]
-        typed = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.adapter_dtypes, strict=True)]
-        return dx_TD, None, None, None, *typed
-
-
-def add_low_rank_(y_TN: Tensor, x_TD: Tensor, A_RD: Tensor, Bs: Sequence[Tensor], scale: float) -> Tensor:
-    """Add each projection's ``scale · (x Aᵢᵀ) Bᵢᵀ`` to its columns of y, in place; return ``scale · x Aᵀ``, stacked."""
-    u_TR = x_TD @ A_RD.T
-    if scale != 1:
-        u_TR *= scale
-    for y_columns, u_columns, B in _columns(y_TN, u_TR, Bs):
-        y_columns.addmm_(u_columns, B.T)
-    return u_TR
-
-
-def _stack(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return As[0].to(dtype) if len(As) == 1 else torch.cat([A.to(dtype) for A in As])
-
-
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
-
-
-def _split_ranks(u_TR: Tensor, Bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return u_TR.split([B.shape[1] for B in Bs], -1)
-
-
-def _columns(y_TN: Tensor, u_TR: Tensor, Bs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Pair each projection's columns of y and u with its B."""
-    ys = y_TN.split([B.shape[0] for B in Bs], -1)
-    return list(zip(ys, _split_ranks(u_TR, Bs), Bs, strict=True))
-
-
-class FrozenLinear(torch.autograd.Function):
-    """The base alone, for when no adapter is on: gradients still pass through to the input."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight: FrozenWeight, bias_N: Tensor | None) -> Tensor:
-        """Return (T, N); keeps nothing."""
-        ctx.weight = weight
-        return F.linear(x_TD, weight.dense(), bias_N)
-
-    @staticmethod
-    def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        """Return ``dx = dy W``."""
-        return dy_TN @ ctx.weight.dense(), None, None
 
 
 @dataclass(frozen=True)
@@ -117,6 +37,138 @@ class Adapter:
     A: Tensor
     B: Tensor
     scale: float
+
+
+@dataclass(frozen=True)
+class Term:
+    """A low-rank product that is still to be added to its target.
+
+    Attributes:
+        u_TR: the thin factor.
+        factor: forward, every Bᵢ stacked, (N, r), part i belonging to columns i·r to (i+1)·r of u; backward, A, (R, D).
+        widths: forward, Nᵢ; empty backward.
+    """
+
+    u_TR: Tensor
+    factor: Tensor
+    widths: tuple[int, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """Columns of u that one part of the target needs."""
+        return self.u_TR.shape[1] // max(len(self.widths), 1)
+
+    def add_to(self, target: Tensor) -> None:
+        """Add the product in place."""
+        if not self.widths:
+            target.addmm_(self.u_TR, self.factor)
+            return
+        us = self.u_TR.split(self.rank, -1)
+        for columns, u, B in zip(target.split(self.widths, -1), us, self.factor.split(self.widths), strict=True):
+            columns.addmm_(u, B.T)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A group's adapters, cast for one forward and its backward.
+
+    Attributes:
+        A_RD: every Aᵢ, stacked.
+        Bs: every s·Bᵢ.
+        stacked_Nr: the same in one tensor, where the ranks are equal.
+        scale: s.
+    """
+
+    A_RD: Tensor
+    Bs: tuple[Tensor, ...]
+    stacked_Nr: Tensor | None
+    scale: float
+
+    def apply(self, x_TD: Tensor, y_TN: Tensor) -> tuple[Tensor, Term | None]:
+        """Return u, and the term that y lacks; parts of different ranks are added to y at once."""
+        u_TR = x_TD @ self.A_RD.T
+        if self.stacked_Nr is not None:
+            return u_TR, self.term(u_TR)
+        for columns, u, B in zip(y_TN.split(self._widths, -1), self._split(u_TR), self.Bs, strict=True):
+            columns.addmm_(u, B.T)
+        return u_TR, None
+
+    def term(self, u_TR: Tensor) -> Term | None:
+        """The term of a kept u; ``None`` where the ranks differ, for then it has been added."""
+        return None if self.stacked_Nr is None else Term(u_TR, self.stacked_Nr, self._widths)
+
+    def thin_gradient(self, dy_TN: Tensor) -> Tensor:
+        """Gradient of u, (T, R)."""
+        if len(self.Bs) == 1:
+            return dy_TN @ self.Bs[0]
+        du_TR = dy_TN.new_empty(len(dy_TN), len(self.A_RD))
+        for dy, du, B in zip(dy_TN.split(self._widths, -1), self._split(du_TR), self.Bs, strict=True):
+            torch.mm(dy, B, out=du)
+        return du_TR
+
+    def gradients(self, dy_TN: Tensor, x_TD: Tensor, u_TR: Tensor, du_TR: Tensor) -> list[Tensor]:
+        """Return dA₁, dB₁/s, dA₂, … in the dtype of the products; see the head of the file."""
+        dBs = [dy.T @ u for dy, u in zip(dy_TN.split(self._widths, -1), self._split(u_TR), strict=True)]
+        dAs = (du_TR.T @ x_TD).split([B.shape[1] for B in self.Bs])
+        return [g for pair in zip(dAs, dBs, strict=True) for g in pair]
+
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        return tuple(B.shape[0] for B in self.Bs)
+
+    def _split(self, u_TR: Tensor) -> tuple[Tensor, ...]:
+        return u_TR.split([B.shape[1] for B in self.Bs], -1)
+
+
+def cast_adapters(groups: Sequence[Sequence[Adapter]], dtype: torch.dtype, device: torch.device) -> list[Pairs | None]:
+    """Cast every live adapter of a model, group by group, into one block of memory.
+
+    All at once, because a model has hundreds of them and each cast alone would be a kernel of a few microseconds.
+    """
+    flat = [tensor for group in groups for tensor in _in_order(group)]
+    sources = [t.detach() for t in flat]
+    block = torch.empty(sum(t.numel() for t in sources), dtype=dtype, device=device)
+    places = [part.view(t.shape) for part, t in zip(block.split([t.numel() for t in sources]), sources, strict=True)]
+    scales = [adapter.scale for group in groups for adapter in group]
+    if any(scale != 1 for scale in scales):
+        sources = _scaled(groups)
+    if places:
+        torch._foreach_copy_(places, sources)
+    return list(_group(groups, block, places))
+
+
+def _in_order(group: Sequence[Adapter]) -> list[Tensor]:
+    """All A, then all B: so that each kind is one stacked tensor in memory."""
+    return [adapter.A for adapter in group] + [adapter.B for adapter in group]
+
+
+def _scaled(groups: Sequence[Sequence[Adapter]]) -> list[Tensor]:
+    return [
+        tensor
+        for group in groups
+        for tensor in ([a.A.detach() for a in group] + [a.B.detach() * a.scale for a in group])
+    ]
+
+
+def _group(groups: Sequence[Sequence[Adapter]], block: Tensor, places: list[Tensor]) -> Iterator[Pairs | None]:
+    start, index = 0, 0
+    for group in groups:
+        if not group:
+            yield None
+            continue
+        num = len(group)
+        As, Bs = places[index : index + num], places[index + num : index + 2 * num]
+        index += 2 * num
+        size_A, size_B = sum(A.numel() for A in As), sum(B.numel() for B in Bs)
+        ranks = {B.shape[1] for B in Bs}
+        stacked = block[start + size_A : start + size_A + size_B].view(-1, Bs[0].shape[1]) if len(ranks) == 1 else None
+        yield Pairs(
+            A_RD=block[start : start + size_A].view(-1, As[0].shape[1]),
+            Bs=tuple(Bs),
+            stacked_Nr=stacked,
+            scale=group[0].scale,
+        )
+        start += size_A + size_B
 
 
 class Projection:
@@ -132,35 +184,21 @@ class Projection:
     def __init__(self, parts: Sequence[nn.Module], dtype: torch.dtype) -> None:
         self.parts = list(parts)
         bases = [base_of(part) for part in self.parts]
-        self.weight = build_weight(bases, dtype)
+        self.weight: FrozenWeight = build_weight(bases, dtype)
         biases = [base.bias for base in bases if base.bias is not None]
         assert len(biases) in (0, len(bases)), "a group has biases on all of its projections or on none"
         self.bias_N = fuse_parameters(biases) if biases else None
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        """Return the group's outputs side by side, (T, N), with adapters as PEFT has them switched now."""
-        live = self._live_adapters()
-        if not live:
-            return FrozenLinear.apply(x_TD, self.weight, self.bias_N)
-        pairs = [tensor for adapter in live for tensor in (adapter.A, adapter.B)]
-        return LoraLinear.apply(x_TD, self.weight, self.bias_N, live[0].scale, *pairs)
+    def project(self, x_TD: Tensor, pairs: Pairs | None, matrix: Matrix) -> tuple[Tensor, Tensor | None, Term | None]:
+        """Return the group's outputs side by side, (T, N), u, and the low-rank term that the outputs still lack."""
+        y_TN = matrix.multiply(x_TD, self.bias_N)
+        if pairs is None:
+            return y_TN, None, None
+        u_TR, term = pairs.apply(x_TD, y_TN)
+        return y_TN, u_TR, term
 
-    def bind(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """Return the projection as it stands now, casts done once: for decoding, where they would cost every token."""
-        live = self._live_adapters()
-        if not live:
-            return lambda x_TD: F.linear(x_TD, self.weight.dense(), self.bias_N)
-        A_RD = _stack([adapter.A for adapter in live], dtype)
-        Bs = [adapter.B.to(dtype) for adapter in live]
-
-        def project(x_TD: Tensor) -> Tensor:
-            y_TN = F.linear(x_TD, self.weight.dense(), self.bias_N)
-            add_low_rank_(y_TN, x_TD, A_RD, Bs, live[0].scale)
-            return y_TN
-
-        return project
-
-    def _live_adapters(self) -> list[Adapter]:
+    def adapters(self) -> list[Adapter]:
+        """The adapters as PEFT has them switched now: one a part, or none."""
         adapters = [active_adapter(part) for part in self.parts]
         live = [adapter for adapter in adapters if adapter is not None]
         assert len(live) in (0, len(adapters)), "plain_reason() turns away groups that are adapted in part"

@@ -18,18 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medcot.engine.devices import has_triton
+from medcot.engine.frozen import DenseMatrix, Matrix
+
 # 160 rows of a 49k vocabulary are 31 MB in float32, which a last-level cache of 32 MB still holds between the passes;
 # with 64 rows the products are too thin (337 ms against 297 for 640 tokens on two Zen 4 cores; bench/cpu_ops.py).
 CHUNK_TOKENS_CPU = 160
-# A GPU wants large products; 1,024 rows of a 128k vocabulary are 0.26 GB of 16-bit logits.
-CHUNK_TOKENS_GPU = 1024
+# A GPU wants large products; 2,048 rows of a 128k vocabulary are 0.53 GB of 16-bit logits.
+CHUNK_TOKENS_GPU = 2048
 
 
 class TokenLoss(torch.autograd.Function):
     """Summed cross-entropy of every given token under a frozen head."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, chunk_tokens: int) -> Tensor:
+    def forward(ctx: Any, hidden_TD: Tensor, head: Matrix, targets_T: Tensor, chunk_tokens: int) -> Tensor:
         """Return the float32 sum; keeps the finished gradient, (T, D)."""
         total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
         d_hidden_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
@@ -38,11 +41,10 @@ class TokenLoss(torch.autograd.Function):
         even = -(-num_tokens // max(num_chunks, 1))  # no thin last chunk: thin products are slow ones
         for start in range(0, num_tokens, max(even, 1)):
             rows = slice(start, start + even)
-            loss, p_BV = _softmax_and_loss(hidden_TD[rows] @ head_VD.T, targets_T[rows])
+            loss, gradient_BV = _loss_and_gradient(head.multiply(hidden_TD[rows], None), targets_T[rows])
             total += loss
             if d_hidden_TD is not None:
-                p_BV[torch.arange(len(p_BV), device=p_BV.device), targets_T[rows]] -= 1
-                torch.mm(p_BV.to(hidden_TD.dtype), head_VD, out=d_hidden_TD[rows])
+                d_hidden_TD[rows] = head.multiply_back(gradient_BV.to(hidden_TD.dtype))
         ctx.save_for_backward(d_hidden_TD)
         return total
 
@@ -53,21 +55,31 @@ class TokenLoss(torch.autograd.Function):
         return d_hidden_TD * d_loss.to(d_hidden_TD.dtype), None, None, None
 
 
-def _softmax_and_loss(logits_BV: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the chunk's summed loss and its softmax, both in float32."""
+def _loss_and_gradient(logits_BV: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the chunk's summed loss and the gradient of its logits, ``softmax - onehot(target)``."""
+    if has_triton(logits_BV.device):
+        from medcot.engine.launch import cross_entropy_
+
+        return cross_entropy_(logits_BV, targets_B).sum(), logits_BV
     p_BV = logits_BV.float().softmax(-1)
     # logsumexp = logit - log p of any token; the likeliest one's p is at least 1/V, so its logarithm is exact.
     logsumexp_B = logits_BV.amax(-1).float() - p_BV.amax(-1).log()
-    return (logsumexp_B - logits_BV.gather(1, targets_B[:, None])[:, 0]).sum(), p_BV
+    loss = (logsumexp_B - logits_BV.gather(1, targets_B[:, None])[:, 0]).sum()
+    p_BV[torch.arange(len(p_BV), device=p_BV.device), targets_B] -= 1
+    return loss, p_BV
 
 
-def token_loss(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
+def token_loss(
+    hidden_TD: Tensor, head: Tensor | Matrix, targets_T: Tensor, chunk_tokens: int | None = None
+) -> Tensor:
     """Summed float32 cross-entropy of hidden states against targets, all of which carry loss.
 
     Args:
         hidden_TD: final hidden states that predict each target, already gathered.
-        head_VD: the frozen output embedding.
+        head: the frozen output embedding, (V, D), or a matrix of ``frozen.py``.
         targets_T: token ids, none of them -100.
+        chunk_tokens: tokens whose logits are in memory at a time; ``None`` for what is fast.
     """
-    chunk_tokens = CHUNK_TOKENS_CPU if hidden_TD.device.type == "cpu" else CHUNK_TOKENS_GPU
-    return TokenLoss.apply(hidden_TD, head_VD, targets_T, chunk_tokens)
+    default = CHUNK_TOKENS_CPU if hidden_TD.device.type == "cpu" else CHUNK_TOKENS_GPU
+    matrix = DenseMatrix(head) if isinstance(head, Tensor) else head
+    return TokenLoss.apply(hidden_TD, matrix, targets_T, chunk_tokens or default)

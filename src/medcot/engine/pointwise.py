@@ -1,72 +1,90 @@
-"""Norm, rotary embedding and SwiGLU with their backward passes written out.
+"""Norm, rotary embedding and SwiGLU in plain torch: each forward, and the gradient written out.
 
-Why: on a CPU the plain decoder layer spends about as long in these small operations as in half a matrix product,
-because autograd replays every cast and product one memory pass at a time and keeps float32 copies for it. Each class
-here saves only what its derivative needs, in the model's own dtype, and works in place where the input is a fresh
-projection output that nothing else reads. They are plain torch, so the same code runs on every device.
+Why written out: on a CPU the plain decoder layer spends about as long in these small operations as in half a matrix
+product, because autograd replays every cast and product one memory pass at a time and keeps float32 copies for it. The
+functions here keep only what the derivative needs, in the model's own dtype, and work in place where nothing else
+reads. ``launch.py`` has the same functions over Triton kernels, for GPUs; ``layers.py`` uses either by these names.
+
+Where a projection's output or gradient comes with a low-rank term (``lora.Term``) that has not been added yet, it is
+added here first, in place.
 
 Axes are those of ``reference.py``, which holds the twin of each.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medcot.engine.lora import Term
 
-class RmsNorm(torch.autograd.Function):
-    """``y = w · x / rms(x)`` for a frozen ``w``.
 
-    With ``r = 1/rms(x)`` and ``h = dy · w``: ``dx = r·h - x · r³/D · Σ(h·x)``.
+def add_norm(
+    x_TD: Tensor, y_TD: Tensor | None, term: Term | None, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Residual sum and its root-mean-square norm.
+
+    Args:
+        x_TD: the residual stream.
+        y_TD: what is added to it; ``None`` for nothing. It is used up.
+        term: the low-rank part of y.
+        weight_D: the norm's frozen weight.
+        eps: added to the mean square.
+
+    Returns:
+        The sum (x itself where there is no y), the normed (T, D), and ``r = 1/rms`` in float32, (T).
     """
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        """Return the normed (T, D) in x's dtype; keeps x and one float32 a token."""
-        mean_square_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True, dtype=torch.float32).square_()
-        r_T1 = mean_square_T1.div_(x_TD.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x_TD, weight_D, r_T1)
-        return (x_TD * r_T1).to(x_TD.dtype).mul_(weight_D)
-
-    @staticmethod
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        """Return dx; the products are taken in float32 and rounded once."""
-        x_TD, weight_D, r_T1 = ctx.saved_tensors
-        h_TD = dy_TD.float().mul_(weight_D)
-        x32_TD = x_TD.float()
-        dot_T1 = torch.linalg.vecdot(h_TD, x32_TD).unsqueeze_(-1)
-        coefficient_T1 = dot_T1.mul_(r_T1.pow(3)).div_(-x_TD.shape[-1])
-        return h_TD.mul_(r_T1).addcmul_(x32_TD, coefficient_T1).to(x_TD.dtype), None, None
+    if y_TD is not None:
+        if term is not None:
+            term.add_to(y_TD)
+        x_TD = y_TD.add_(x_TD)
+    mean_square_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True, dtype=torch.float32).square_()
+    r_T1 = mean_square_T1.div_(x_TD.shape[-1]).add_(eps).rsqrt_()
+    return x_TD, (x_TD * r_T1).to(x_TD.dtype).mul_(weight_D), r_T1[..., 0]
 
 
-class RotaryInPlace(torch.autograd.Function):
-    """Rotate the first ``num_rotated`` heads of a fused (T, heads, C) buffer, in place.
+def norm_grad(
+    dn_TD: Tensor, term: Term | None, x_TD: Tensor, weight_D: Tensor, r_T: Tensor, d_sum_TD: Tensor | None
+) -> Tensor:
+    """Gradient of ``add_norm``'s sum, from that of the normed and of the sum itself.
 
-    A rotation's derivative is the rotation back, so nothing but the angles is kept, and the incoming gradient, which no
-    one else reads, is rotated in place too.
+    With ``h = dn · w``: ``dx = r·h - x · r³/D · Σ(h·x) + d_sum``, in float32 and rounded once.
+
+    Args:
+        dn_TD: gradient of the normed; it is used up.
+        term: its low-rank part.
+        x_TD: the sum.
+        weight_D: the norm's frozen weight.
+        r_T: what ``add_norm`` returned.
+        d_sum_TD: gradient that reaches the sum by its other ways.
     """
-
-    @staticmethod
-    def forward(ctx: Any, heads_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, num_rotated: int) -> Tensor:
-        """Return the same buffer with its first heads rotated."""
-        ctx.save_for_backward(cos_TC, sin_TC)
-        ctx.num_rotated = num_rotated
-        _rotate(heads_THC[:, :num_rotated], cos_TC, sin_TC)
-        ctx.mark_dirty(heads_THC)
-        return heads_THC
-
-    @staticmethod
-    def backward(ctx: Any, dy_THC: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        """Return the gradient rotated back."""
-        cos_TC, sin_TC = ctx.saved_tensors
-        _rotate(dy_THC[:, : ctx.num_rotated], cos_TC, -sin_TC)
-        return dy_THC, None, None, None
+    if term is not None:
+        term.add_to(dn_TD)
+    r_T1 = r_T[..., None]
+    h_TD = dn_TD.float().mul_(weight_D)
+    x32_TD = x_TD.float()
+    dot_T1 = torch.linalg.vecdot(h_TD, x32_TD).unsqueeze_(-1)
+    dx_TD = h_TD.mul_(r_T1).addcmul_(x32_TD, dot_T1.mul_(r_T1.pow(3)).div_(-x_TD.shape[-1]))
+    return (dx_TD if d_sum_TD is None else dx_TD.add_(d_sum_TD)).to(x_TD.dtype)
 
 
-def _rotate(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> None:
+def rotate_(heads_TNC: Tensor, term: Term | None, cos_TC: Tensor, sin_TC: Tensor, num_kv: int) -> Tensor:
+    """Rotate the query and key heads of a fused (T, H + 2G, C) buffer in place; return it."""
+    if term is not None:
+        term.add_to(heads_TNC.flatten(1))
+    _turn(heads_TNC[:, :-num_kv], cos_TC, sin_TC)
+    return heads_TNC
+
+
+def rotate_back(dq_THC: Tensor, dk_TGC: Tensor, dv_TGC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    """Gradient of the fused buffer before its rotation: a rotation's derivative is the rotation back."""
+    d_heads_TNC = torch.cat((dq_THC, dk_TGC, dv_TGC), 1)
+    _turn(d_heads_TNC[:, : -dv_TGC.shape[1]], cos_TC, -sin_TC)
+    return d_heads_TNC
+
+
+def _turn(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> None:
     half = x_THC.shape[-1] // 2
     cos, sin = cos_TC[:, None, :half], sin_TC[:, None, :half]  # both halves of the angles are equal
     first, second = x_THC[..., :half], x_THC[..., half:]
@@ -75,41 +93,52 @@ def _rotate(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> None:
     first.copy_(new_first)
 
 
-class SwiGlu(torch.autograd.Function):
-    """``silu(gate) · up`` on the fused (T, 2F) output of the gate and up projections.
+def swiglu(gate_up_TN: Tensor, term: Term | None = None) -> Tensor:
+    """``silu(gate) · up`` of the fused (T, 2F) output of the gate and up projections, (T, F).
 
-    With ``s = sigmoid(gate)``: ``d up = dy · gate·s`` and ``d gate = dy · up · s·(1 + gate·(1 - s))``.
+    The term, if any, is added into ``gate_up_TN`` for good; ``swiglu_grad`` must then be given none.
     """
+    if term is not None:
+        term.add_to(gate_up_TN)
+    gate, up = gate_up_TN.chunk(2, -1)
+    return F.silu(gate).mul_(up)
 
-    @staticmethod
-    def forward(ctx: Any, gate_up_TN: Tensor) -> Tensor:
-        """Return (T, F); keeps the fused input only."""
-        ctx.save_for_backward(gate_up_TN)
-        gate, up = gate_up_TN.chunk(2, -1)
-        return F.silu(gate).mul_(up)
 
-    @staticmethod
-    def backward(ctx: Any, dy_TF: Tensor) -> Tensor:  # type: ignore[override]
-        """Return the gradient of both halves in one buffer."""
-        (gate_up_TN,) = ctx.saved_tensors
-        gate, up = gate_up_TN.chunk(2, -1)
-        d_gate_up_TN = torch.empty_like(gate_up_TN)
-        d_gate, d_up = d_gate_up_TN.chunk(2, -1)
-        torch.mul(F.silu(gate), dy_TF, out=d_up)
-        torch.ops.aten.silu_backward.grad_input(dy_TF * up, gate, grad_input=d_gate)
-        return d_gate_up_TN
+def swiglu_grad(
+    dh_TF: Tensor, down_term: Term | None, gate_up_TN: Tensor, term: Term | None, *, wants_h: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of gate and up in one (T, 2F) buffer.
+
+    With ``s = sigmoid(gate)``: ``d up = dh · gate·s`` and ``d gate = dh · up · s·(1 + gate·(1 - s))``.
+
+    Args:
+        dh_TF: gradient of the product; it is used up.
+        down_term: its low-rank part.
+        gate_up_TN: what ``swiglu`` was given.
+        term: the low-rank part of gate and up, where ``keeps_terms`` says that it is still to be added.
+        wants_h: also return the product itself, computed again.
+    """
+    assert term is None, "swiglu() has added it"
+    if down_term is not None:
+        down_term.add_to(dh_TF)
+    gate, up = gate_up_TN.chunk(2, -1)
+    d_gate_up_TN = torch.empty_like(gate_up_TN)
+    d_gate, d_up = d_gate_up_TN.chunk(2, -1)
+    silu = F.silu(gate)
+    torch.mul(silu, dh_TF, out=d_up)
+    torch.ops.aten.silu_backward.grad_input(dh_TF * up, gate, grad_input=d_gate)
+    return d_gate_up_TN, silu.mul_(up) if wants_h else None
+
+
+# Whether ``swiglu`` leaves gate_up_TN as it was, so that its term must be given to ``swiglu_grad`` again.
+KEEPS_TERMS = False
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last axis, for a frozen weight."""
-    return RmsNorm.apply(x_TD, weight_D, eps)
+    """Root-mean-square norm over the last axis, for decoding."""
+    return add_norm(x_TD, None, None, weight_D, eps)[1]
 
 
 def rotary_(heads_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, num_rotated: int) -> Tensor:
-    """Rotate the first heads of a fused buffer in place; the buffer must have no other reader."""
-    return RotaryInPlace.apply(heads_THC, cos_TC, sin_TC, num_rotated)
-
-
-def swiglu(gate_up_TN: Tensor) -> Tensor:
-    """``silu(gate) * up`` of a fused (T, 2F) tensor."""
-    return SwiGlu.apply(gate_up_TN)
+    """Rotate the first heads of a fused buffer in place, for decoding; the buffer must have no other reader."""
+    return rotate_(heads_THC, None, cos_TC, sin_TC, heads_THC.shape[1] - num_rotated)

@@ -9,6 +9,9 @@ What differs from a bare ``SFTTrainer``:
 - An accelerated model runs the engine's forward; any other runs its own, on the same batches.
 - Adapter weights stay in float32. TRL casts them to bf16 on a quantised base, where an update smaller than 1/256 of a
   weight is lost.
+- Several processes (``ranks.py``) share the rows of each step and add up their gradients once, after the last forward
+  of the step. DistributedDataParallel would hook into the model's own forward, which the engine does not run, and
+  would average where a step's loss is a sum over its tokens; and the processes may split their rows as they like.
 - A checkpoint is written beside its place and renamed when complete, so that a kill at any moment leaves only whole
   ones, and a run that resumes from one ends with the same weights, bit for bit on a CPU.
 """
@@ -16,11 +19,13 @@ What differs from a bare ``SFTTrainer``:
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,16 +33,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from medcot import ranks
 from medcot.data.packing import build_dataset, collate
 from medcot.engine import engine_of
+from medcot.engine.memory import FASTEST, SMALLEST, Keep, Memory
 from medcot.errors import MedcotError
 from medcot.quiet import quiet_libraries
 from medcot.records import Row
+from medcot.train.optimizer import FlatAdamW8bit
+from medcot.train.shares import ShareLoader, StepShares
+from medcot.train.splitting import Budget
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -85,8 +96,8 @@ class Plan:
     """The optimizer's settings, resolved: every number is final."""
 
     num_steps: int
-    batch_size: int  # sequences a step
-    micro_batch_size: int  # sequences a forward
+    batch_size: int  # sequences a step, over all processes
+    micro_batch_size: int  # sequences a forward, in one process
     warmup_steps: int
     learning_rate: float = 2e-4
     schedule: str = "linear"
@@ -96,8 +107,8 @@ class Plan:
     logging_steps: int = 10
     save_steps: int | None = None
     keep_checkpoints: int = 2
-    recompute: bool = False
-    offload: bool = False  # recompute, with what is kept in host memory
+    memory: Memory = FASTEST
+    small: Memory = SMALLEST  # what a row that is too long for ``memory`` falls back on
     seed: int = 3407
 
 
@@ -135,12 +146,75 @@ def choose_optimizer(name: str, device: torch.device) -> str:
 class ReasoningTrainer(SFTTrainer):
     """SFTTrainer with the loss of the whole step, the engine's forward and atomic checkpoints."""
 
-    def __init__(self, *args: Any, plan: Plan, counter: _Counter, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, plan: Plan, counter: _Counter, announce: Callable[[str], None], **kwargs: Any
+    ) -> None:
         self._plan, self._counter = plan, counter
         self._staging: str | None = None
+        self._budget = Budget(plan.memory, plan.small, announce=announce)
         super().__init__(*args, **kwargs)
         # Whether or not the model's forward takes it: compute_loss takes the step's token count, and divides by it.
         self.model_accepts_loss_kwargs = True
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Keep accelerate from wrapping the model for several processes; ``training_step`` adds up the gradients."""
+        super().create_accelerator_and_postprocess()
+        accelerator = self.accelerator
+        if accelerator.num_processes > 1:
+            prepare = accelerator.prepare_model
+            # "Evaluation mode" is accelerate's word for autocast without DistributedDataParallel.
+            accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)  # type: ignore[method-assign]
+
+    def get_train_dataloader(self) -> Any:
+        """Return the batches of this process, in the order that one process alone would have."""
+        here = ranks.current()
+        if here.size == 1:
+            return super().get_train_dataloader()
+        dataset: Any = self.train_dataset
+        shares = StepShares(
+            SeedableRandomSampler(dataset),  # its seed is the process's, which the trainer set
+            [len(ids) for ids in dataset["input_ids"]],
+            batch_size=self._plan.batch_size,
+            micro_batch_size=self._plan.micro_batch_size,
+            rank=here.rank,
+            size=here.size,
+        )
+        return ShareLoader(dataset, shares, pin_memory=self.args.dataloader_pin_memory)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Build the optimizer: 8-bit AdamW in one launch, or what transformers has by the plan's name."""
+        if self.optimizer is None and self._plan.optimizer == "adamw_8bit":
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.optimizer = FlatAdamW8bit(trained, self._plan.learning_rate, weight_decay=self._plan.weight_decay)
+            return self.optimizer
+        return super().create_optimizer(model)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Count the trained tokens of a whole step; one process alone counts on the host, which waits for nothing."""
+        if ranks.current().size > 1:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        return sum(int((batch["labels"][..., 1:] != -100).sum()) for batch in batch_samples)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Leave a batch on the host for the engine, which sends what it needs."""
+        return inputs if engine_of(self.model) is not None else super()._prepare_inputs(inputs)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward; after a step's last forward, add up the gradients of all processes."""
+        labels = inputs["labels"]
+        num_trained = int((labels != -100).sum())
+        if engine_of(self.model) is not None:
+            loss = self._budget.run(inputs, lambda piece, _: self._step(model, piece, num_items_in_batch))
+        else:
+            loss = self._step(model, inputs, num_items_in_batch)
+        self._counter.tokens += 0 if "filler" in inputs else labels.numel()
+        self._counter.trained_tokens += num_trained
+        if self.accelerator.sync_gradients:
+            ranks.sum_gradients([p for p in model.parameters() if p.requires_grad])
+        return loss * ranks.current().size  # each has a part of the loss, and the trainer logs their mean
+
+    def _step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self,
@@ -154,15 +228,12 @@ class ReasoningTrainer(SFTTrainer):
         labels_T = inputs["labels"][0]
         with self._activations():
             summed, num_trained = self._summed_loss(model, inputs, labels_T)
-        self._counter.tokens += labels_T.numel()
-        self._counter.trained_tokens += num_trained
         return summed / (num_trained if num_items_in_batch is None else num_items_in_batch)
 
     def _summed_loss(self, model: Any, inputs: dict[str, Any], labels_T: Tensor) -> tuple[Tensor, int]:
         engine = engine_of(model)
         if engine is not None:
-            lengths, recompute = inputs["lengths"], self._plan.recompute
-            return engine.summed_loss(inputs["input_ids"][0], labels_T, lengths, recompute=recompute)
+            return engine.summed_loss(inputs["input_ids"][0], labels_T, inputs["lengths"], memory=self._budget.memory)
         logits_TV = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False).logits[
             0, :-1
         ]
@@ -171,8 +242,8 @@ class ReasoningTrainer(SFTTrainer):
         return loss, len(targets)
 
     def _activations(self) -> contextlib.AbstractContextManager[Any]:
-        if not self._plan.offload:
-            return contextlib.nullcontext()
+        if self._plan.memory.keep is not Keep.HOST or engine_of(self.model) is not None:
+            return contextlib.nullcontext()  # the engine keeps its own activations
         return torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -183,13 +254,21 @@ class ReasoningTrainer(SFTTrainer):
         assert self.args.output_dir is not None, "_build_trainer names it"
         folder = Path(self.args.output_dir)
         staging = folder / STAGING
-        shutil.rmtree(staging, ignore_errors=True)
+        is_first = ranks.current().is_first
+        if is_first:
+            shutil.rmtree(staging, ignore_errors=True)
+        ranks.wait()
         self._staging = str(staging)
         try:
             Trainer._save_checkpoint(self, model, trial)  # TRL's adds a model card to every checkpoint
         finally:
             self._staging = None
-        name = f"checkpoint-{self.state.global_step}"
+        ranks.wait()  # each process has written its random state
+        if is_first:
+            self._put_in_place(folder, staging, f"checkpoint-{self.state.global_step}")
+        ranks.wait()
+
+    def _put_in_place(self, folder: Path, staging: Path, name: str) -> None:
         _flush(staging / name)
         shutil.rmtree(folder / name, ignore_errors=True)
         os.replace(staging / name, folder / name)
@@ -229,20 +308,21 @@ class _Reporter(TrainerCallback):
         now_s = time.monotonic()
         passed_s = max(now_s - self._last_s, 1e-9)
         counter = self._counter
+        tokens, trained_tokens = ranks.add_up([counter.tokens, counter.trained_tokens])
         metrics = Metrics(
             step=state.global_step,
             epoch=round(float(state.epoch or 0), 4),
             loss=float(logs["loss"]),
             learning_rate=float(logs["learning_rate"]),
             grad_norm=float(logs["grad_norm"]),
-            tokens_per_s=(counter.tokens - self._last_tokens) / passed_s,
-            trained_tokens_per_s=(counter.trained_tokens - self._last_trained) / passed_s,
+            tokens_per_s=(tokens - self._last_tokens) / passed_s,
+            trained_tokens_per_s=(trained_tokens - self._last_trained) / passed_s,
             memory_gb=peak_memory_gb(self._device),
-            tokens=counter.tokens,
-            trained_tokens=counter.trained_tokens,
+            tokens=tokens,
+            trained_tokens=trained_tokens,
             elapsed_s=now_s - self._started_s,
         )
-        self._last_s, self._last_tokens, self._last_trained = now_s, counter.tokens, counter.trained_tokens
+        self._last_s, self._last_tokens, self._last_trained = now_s, tokens, trained_tokens
         counter.history.append(metrics)
         self._on_step(state.global_step, metrics)
 
@@ -256,6 +336,7 @@ def train(
     *,
     resume_from: Path | None = None,
     on_step: Callable[[int, Metrics | None], None] = lambda step, metrics: None,
+    announce: Callable[[str], None] = warnings.warn,
 ) -> TrainResult:
     """Run the optimizer steps of a plan.
 
@@ -267,6 +348,7 @@ def train(
         folder: where checkpoints go.
         resume_from: a checkpoint of the same plan to go on from.
         on_step: called after each step, with metrics at logging steps.
+        announce: told when memory runs out and the rest of the run takes less of it at a time.
 
     Raises:
         DivergedError: the loss is no longer finite.
@@ -279,19 +361,20 @@ def train(
         if resume_from is not None and _step_of(resume_from) >= plan.num_steps:
             _load_adapter(model, resume_from)  # the trainer would take one step too many before it looks at the number
         else:
-            trainer = _build_trainer(model, tokenizer, rows, plan, counter, folder)
+            trainer = _build_trainer(model, tokenizer, rows, plan, counter, folder, announce)
             trainer.add_callback(_Reporter(counter, model.device, on_step))
             started_s = time.monotonic()
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     seconds = time.monotonic() - started_s
     history = counter.history
+    tokens, trained_tokens = ranks.add_up([counter.tokens, counter.trained_tokens])
     return TrainResult(
         steps=plan.num_steps,
         loss_first=history[0].loss if history else math.nan,
         loss_last=history[-1].loss if history else math.nan,
         seconds=seconds,
-        tokens_per_s=counter.tokens / seconds,
-        trained_tokens_per_s=counter.trained_tokens / seconds,
+        tokens_per_s=tokens / seconds,
+        trained_tokens_per_s=trained_tokens / seconds,
         peak_memory_gb=peak_memory_gb(model.device),
     )
 
@@ -310,6 +393,7 @@ def _build_trainer(
     plan: Plan,
     counter: _Counter,
     folder: Path,
+    announce: Callable[[str], None],
 ) -> ReasoningTrainer:
     fast = engine_of(model) is not None
     dtype = model.get_base_model().dtype
@@ -317,7 +401,7 @@ def _build_trainer(
     config = SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=plan.micro_batch_size,
-        gradient_accumulation_steps=plan.batch_size // plan.micro_batch_size,
+        gradient_accumulation_steps=plan.batch_size // (plan.micro_batch_size * ranks.current().size),
         max_steps=plan.num_steps,
         warmup_steps=plan.warmup_steps,
         learning_rate=plan.learning_rate,
@@ -336,8 +420,8 @@ def _build_trainer(
         # 16-bit base. float16 needs the trainer's loss scaling either way.
         bf16=on_cuda and not fast and dtype == torch.bfloat16,
         fp16=on_cuda and dtype == torch.float16,
-        gradient_checkpointing=plan.recompute and not fast,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if plan.recompute and not fast else None,
+        gradient_checkpointing=plan.memory.keep.recomputes and not fast,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if plan.memory.keep.recomputes and not fast else None,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         remove_unused_columns=False,
@@ -357,10 +441,12 @@ def _build_trainer(
         processing_class=tokenizer,
         plan=plan,
         counter=counter,
+        announce=announce,
     )
     for name, parameter in model.named_parameters():
         if name in masters:
             parameter.data = masters[name]  # undo TRL's cast of adapters on a quantised base
+    ranks.copy_from_first([parameter for parameter in model.parameters() if parameter.requires_grad])
     trainer.remove_callback(PrinterCallback)  # the console is the caller's
     return trainer
 

@@ -1,0 +1,183 @@
+"""The functions of ``pointwise.py`` over the Triton kernels of ``kernels.py``: same names, arguments and results.
+
+A low-rank term that has not been added yet (``lora.Term``) is added by the kernel that reads the tensor anyway. Tile
+sizes were chosen on an H200.
+
+Axes are those of ``kernels.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from medcot.engine import kernels
+from medcot.engine.lora import Term
+
+# The row tile is Triton's least for a matrix product: the norms want many programs rather than large ones.
+NORM_ROWS, NORM_COLUMNS = 16, 256
+ROTARY_ROWS = 32
+SWIGLU_ROWS, SWIGLU_COLUMNS = 32, 128
+SWIGLU_GRAD_ROWS, SWIGLU_GRAD_COLUMNS = 16, 128
+QUANTISE_COLUMNS = 32768  # a row that fits is read once
+ENTROPY_COLUMNS = 8192
+
+KEEPS_TERMS = True
+
+
+def add_norm(
+    x_TD: Tensor, y_TD: Tensor | None, term: Term | None, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``pointwise.add_norm``."""
+    x_TD = x_TD.contiguous()
+    num_rows, width = x_TD.shape
+    sum_TD = x_TD if y_TD is None else torch.empty_like(x_TD)
+    normed_TD, r_T = torch.empty_like(x_TD), torch.empty(num_rows, dtype=torch.float32, device=x_TD.device)
+    if num_rows:
+        kernels.add_norm_kernel[(triton.cdiv(num_rows, NORM_ROWS),)](
+            x_TD, x_TD if y_TD is None else y_TD, *_factor(term, x_TD), weight_D, sum_TD, normed_TD, r_T,
+            num_rows, term.rank if term else 0, eps,
+            D=width, HAS_Y=y_TD is not None, HAS_LOW=term is not None, RP=_padded(term),
+            BT=NORM_ROWS, BD=min(NORM_COLUMNS, triton.next_power_of_2(width)), num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return sum_TD, normed_TD, r_T
+
+
+def norm_grad(
+    dn_TD: Tensor, term: Term | None, x_TD: Tensor, weight_D: Tensor, r_T: Tensor, d_sum_TD: Tensor | None
+) -> Tensor:
+    """As ``pointwise.norm_grad``."""
+    num_rows, width = x_TD.shape
+    out_TD = torch.empty_like(x_TD)
+    if term is not None:
+        term.add_to(dn_TD)
+    if num_rows:
+        kernels.norm_grad_kernel[(num_rows,)](
+            dn_TD, x_TD, weight_D, r_T, out_TD if d_sum_TD is None else d_sum_TD, out_TD, num_rows,
+            D=width, HAS_SUM=d_sum_TD is not None, BD=triton.next_power_of_2(width),
+            num_warps=4 if width <= 4096 else 8,
+        )  # fmt: skip
+    return out_TD
+
+
+def rotate_(heads_TNC: Tensor, term: Term | None, cos_TC: Tensor, sin_TC: Tensor, num_kv: int) -> Tensor:
+    """As ``pointwise.rotate_``."""
+    num_rows, num_heads, channels = heads_TNC.shape
+    half = channels // 2
+    # Value heads are not rotated; without a term there is nothing to do for them.
+    grid = (triton.cdiv(num_rows, ROTARY_ROWS), num_heads if term else num_heads - num_kv)
+    kernels.rotate_kernel[grid](
+        heads_TNC, *_factor(term, heads_TNC), cos_TC, sin_TC, num_rows, num_heads, num_heads - 2 * num_kv, num_kv,
+        term.rank if term else 0, cos_TC.stride(0),
+        HALF=half, HP=max(16, triton.next_power_of_2(half)), HAS_LOW=term is not None, RP=_padded(term),
+        BT=ROTARY_ROWS, num_warps=4,
+    )  # fmt: skip
+    return heads_TNC
+
+
+def rotate_back(dq_THC: Tensor, dk_TGC: Tensor, dv_TGC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    """As ``pointwise.rotate_back``."""
+    num_rows, num_queries, channels = dq_THC.shape
+    num_kv = dk_TGC.shape[1]
+    num_heads = num_queries + 2 * num_kv
+    out_TNC = torch.empty(num_rows, num_heads, channels, dtype=dq_THC.dtype, device=dq_THC.device)
+    half = channels // 2
+    kernels.rotate_back_kernel[(triton.cdiv(num_rows, ROTARY_ROWS), num_heads)](
+        dq_THC.contiguous(), dk_TGC.contiguous(), dv_TGC.contiguous(), cos_TC, sin_TC, out_TNC,
+        num_rows, num_heads, num_queries, num_kv, cos_TC.stride(0),
+        HALF=half, HP=max(16, triton.next_power_of_2(half)), BT=ROTARY_ROWS, num_warps=4,
+    )  # fmt: skip
+    return out_TNC
+
+
+def swiglu(gate_up_TN: Tensor, term: Term | None = None) -> Tensor:
+    """As ``pointwise.swiglu``, but ``gate_up_TN`` stays as it was."""
+    num_rows, wide = gate_up_TN.shape
+    width = wide // 2
+    out_TF = torch.empty(num_rows, width, dtype=gate_up_TN.dtype, device=gate_up_TN.device)
+    kernels.swiglu_kernel[(triton.cdiv(num_rows, SWIGLU_ROWS), triton.cdiv(width, SWIGLU_COLUMNS))](
+        gate_up_TN, *_factor(term, gate_up_TN), out_TF, num_rows, width, term.rank if term else 0,
+        HAS_LOW=term is not None, RP=_padded(term), BT=SWIGLU_ROWS, BN=SWIGLU_COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return out_TF
+
+
+def swiglu_grad(
+    dh_TF: Tensor, down_term: Term | None, gate_up_TN: Tensor, term: Term | None, *, wants_h: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As ``pointwise.swiglu_grad``, with the term that ``swiglu`` was given."""
+    num_rows, width = dh_TF.shape
+    out_TN = torch.empty_like(gate_up_TN)
+    h_TF = torch.empty_like(dh_TF) if wants_h else None
+    kernels.swiglu_grad_kernel[(triton.cdiv(num_rows, SWIGLU_GRAD_ROWS), triton.cdiv(width, SWIGLU_GRAD_COLUMNS))](
+        dh_TF, *_factor(down_term, dh_TF), gate_up_TN, *_factor(term, dh_TF), out_TN, out_TN if h_TF is None else h_TF,
+        num_rows, width, term.rank if term else 0, down_term.rank if down_term else 0,
+        HAS_DOWN=down_term is not None, HAS_LOW=term is not None, WANTS_H=wants_h,
+        RP=_padded(term), RP_DOWN=_padded(down_term), BT=SWIGLU_GRAD_ROWS, BN=SWIGLU_GRAD_COLUMNS, num_warps=8,
+    )  # fmt: skip
+    return out_TN, h_TF
+
+
+def cross_entropy_(logits_BV: Tensor, targets_B: Tensor) -> Tensor:
+    """Each row's float32 loss, (B); the logits become ``softmax - onehot(target)``, their gradient."""
+    num_rows, vocabulary = logits_BV.shape
+    losses_B = torch.empty(num_rows, dtype=torch.float32, device=logits_BV.device)
+    kernels.cross_entropy_kernel[(num_rows,)](
+        logits_BV, targets_B, losses_B, V=vocabulary,
+        BV=min(ENTROPY_COLUMNS, triton.next_power_of_2(vocabulary)), num_warps=32,
+    )  # fmt: skip
+    return losses_B
+
+
+def unpack_nf4(packed: Tensor, state: Any, out: Tensor) -> None:
+    """Write a bitsandbytes 4-bit tensor into ``out``, to the bits of ``bitsandbytes.functional.dequantize_4bit``.
+
+    Args:
+        packed: uint8, two weights a byte.
+        state: its ``QuantState``.
+        out: contiguous, of the weight's number of elements.
+    """
+    num_bytes = packed.numel()
+    block = 2048
+    nested = state.nested
+    kernels.unpack_nf4_kernel[(triton.cdiv(num_bytes, block),)](
+        packed, state.absmax, state.code,
+        state.state2.code if nested else state.code, state.state2.absmax if nested else state.code,
+        state.offset if nested else state.code, out, num_bytes,
+        NESTED=nested, BLOCKSIZE=state.blocksize, NESTED_BLOCKSIZE=state.state2.blocksize if nested else 1,
+        BLOCK=block, num_warps=4,
+        enable_fp_fusion=False,  # bitsandbytes rounds the product of the scales before it adds the offset
+    )  # fmt: skip
+
+
+def quantise_rows(x_TN: Tensor, columns_scale_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Round rows to float8 e4m3, each with its own scale.
+
+    Args:
+        x_TN: 16 or 32 bit.
+        columns_scale_N: float32 factors of the columns, applied first.
+
+    Returns:
+        The (T, N) float8, and the float32 scales (T, 1) that multiply it back.
+    """
+    num_rows, width = x_TN.shape
+    out_TN = torch.empty(num_rows, width, dtype=torch.float8_e4m3fn, device=x_TN.device)
+    scale_T1 = torch.empty(num_rows, 1, dtype=torch.float32, device=x_TN.device)
+    kernels.quantise_rows_kernel[(num_rows,)](
+        x_TN.contiguous(), scale_T1 if columns_scale_N is None else columns_scale_N, out_TN, scale_T1, N=width,
+        HAS_SCALE=columns_scale_N is not None, BLOCK=min(QUANTISE_COLUMNS, triton.next_power_of_2(width)),
+        num_warps=4 if width <= 8192 else 8 if width <= 16384 else 16,
+    )  # fmt: skip
+    return out_TN, scale_T1
+
+
+def _factor(term: Term | None, stand_in: Tensor) -> tuple[Tensor, Tensor]:
+    return (stand_in, stand_in) if term is None else (term.u_TR, term.factor)
+
+
+def _padded(term: Term | None) -> int:
+    """A rank as Triton's matrix product takes it: a power of two, 16 or more."""
+    return 16 if term is None else max(16, triton.next_power_of_2(term.rank))

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from medcot import planning
-from medcot.engine.memory import predict_peak_gb
+from medcot.engine.memory import FASTEST, SMALLEST, Keep, Memory, predict_peak_gb
 from medcot.errors import DataError, RecipeError
 from medcot.recipe import Recipe, load_recipe
 from medcot.records import Row
@@ -184,36 +184,36 @@ def test_steps_and_warmup_come_out_of_the_rows(overrides, steps, warmup):
 def test_the_whole_step_is_one_forward_where_memory_allows(monkeypatch):
     monkeypatch.setattr(planning, "free_memory_gb", lambda device: 100.0)
     plan, _ = _plan()
-    assert (plan.micro_batch_size, plan.recompute, plan.offload) == (8, False, False)
+    assert (plan.micro_batch_size, plan.memory) == (8, FASTEST)
 
 
-def test_short_memory_first_recomputes_then_splits(monkeypatch):
-    sizes = []
+def test_short_memory_first_splits_then_forgets(monkeypatch):
     needs = {
-        (micro, recompute): predict_peak_gb(
-            EMBEDDED_SHAPE, "bf16", tokens=1000 * micro, rank=16, recompute=recompute, on_cpu=True
+        (micro, memory): predict_peak_gb(
+            EMBEDDED_SHAPE, "bf16", tokens=1000 * micro, rank=16, memory=memory, on_cpu=True
         )
         for micro in (8, 4, 2, 1)
-        for recompute in (True, False)
+        for memory in (FASTEST, Memory(Keep.LEAN), Memory(Keep.INPUT), SMALLEST)
     }
-    for free_gb in (
-        needs[8, False] * 1.01, needs[8, True] * 1.01, needs[4, True] * 1.01, needs[2, True] * 1.01, 0.1
-    ):  # fmt: skip
+    chosen = []
+    for free_gb in [needs[8, FASTEST] * 1.01, needs[4, FASTEST] * 1.01, needs[2, FASTEST] * 1.01, 0.1]:
         monkeypatch.setattr(planning, "free_memory_gb", lambda device, gb=free_gb: gb / planning.MEMORY_SHARE)
         plan, predicted_gb = _plan(length=1000)
-        sizes.append((plan.micro_batch_size, plan.recompute))
-        assert predicted_gb == needs[sizes[-1]]
-    assert sizes == [(8, False), (8, True), (4, True), (2, True), (1, True)]
+        chosen.append((plan.micro_batch_size, plan.memory.keep))
+        assert predicted_gb == needs[plan.micro_batch_size, plan.memory]
+        assert predicted_gb <= free_gb or free_gb == 0.1
+    assert chosen[0] == (8, Keep.ALL) and chosen[-1][0] == 1 and chosen[-1][1].recomputes
+    assert [rows for rows, _ in chosen] == sorted((rows for rows, _ in chosen), reverse=True)
+    assert not any(keep.recomputes for _, keep in chosen[:3])  # a split costs less than computing layers again
 
 
 def test_what_the_recipe_says_of_splits_and_recomputing_is_kept(monkeypatch):
     monkeypatch.setattr(planning, "free_memory_gb", lambda device: 0.1)
     plan, _ = _plan("train.micro_batch_size=4", "train.gradient_checkpointing='off'")
-    assert (plan.micro_batch_size, plan.recompute) == (4, False)
+    assert (plan.micro_batch_size, plan.memory) == (4, FASTEST)
     monkeypatch.setattr(planning, "free_memory_gb", lambda device: 100.0)
-    assert _plan("train.gradient_checkpointing='on'")[0].recompute
-    offloading, _ = _plan("train.gradient_checkpointing=offload")
-    assert offloading.recompute and offloading.offload
+    assert _plan("train.gradient_checkpointing='on'")[0].memory == Memory(Keep.INPUT)
+    assert _plan("train.gradient_checkpointing=offload")[0].memory == SMALLEST
 
 
 def test_a_split_only_takes_divisors(monkeypatch):
@@ -223,23 +223,12 @@ def test_a_split_only_takes_divisors(monkeypatch):
         _plan("train.micro_batch_size=3")
 
 
-def test_the_longest_rows_decide_the_memory():
-    even, _ = planning.build_plan(_recipe(), [_row(100)] * 16, EMBEDDED_SHAPE, "bf16", CPU, fast=True)
-    rows = [_row(10)] * 8 + [_row(190)] * 8
-    assert even.num_steps == 2
-    gb = planning.build_plan(_recipe(), rows, EMBEDDED_SHAPE, "bf16", CPU, fast=True)[1]
-    assert gb == planning.build_plan(_recipe(), [_row(190)] * 8, EMBEDDED_SHAPE, "bf16", CPU, fast=True)[1]
-
-
-def test_predicted_memory_is_near_what_was_measured():
-    # The tutorial's step on an H200 (8 rows of 790 tokens, NF4, one forward): 35.3 GB kept whole, 8.9 GB recomputed.
-    tokens = 8 * 790
-    whole = predict_peak_gb(LLAMA_8B, "nf4", tokens=tokens, rank=16, recompute=False)
-    recomputed = predict_peak_gb(LLAMA_8B, "nf4", tokens=tokens, rank=16, recompute=True)
-    assert whole == pytest.approx(35.3, rel=0.25) and recomputed == pytest.approx(8.9, rel=0.25)
-    assert predict_peak_gb(LLAMA_8B, "nf4", tokens=tokens, rank=16, recompute=False, fast=False) > whole
-    small = predict_peak_gb(EMBEDDED_SHAPE, "bf16", tokens=400, rank=16, recompute=False, on_cpu=True)
-    assert 1.0 < small < 3.0
+def test_a_forward_is_as_long_as_random_rows_are_likely_to_be():
+    assert planning.estimate_tokens([100] * 16, 8) == 800
+    lengths = [10] * 8 + [190] * 8
+    assert 800 < planning.estimate_tokens(lengths, 8) <= 8 * 190
+    assert planning.estimate_tokens([10] * 15 + [190], 8) <= 7 * 10 + 190  # never more than the longest rows have
+    assert planning.estimate_tokens([500], 1) == 500
 
 
 def test_disk_is_counted_for_checkpoints_adapter_and_merged_weights():

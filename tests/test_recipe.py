@@ -75,7 +75,7 @@ def test_unknown_keys_beyond_the_first_are_counted():
         "train.learning_rate=fast",
         "lora.dropout=1.5",
         "lora.init=best",
-        "model.precision=fp8",
+        "model.precision=fp9",
         "prompt.style=haiku",
         "data.over_length=cut",
         "train.warmup=-1",

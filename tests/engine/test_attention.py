@@ -15,7 +15,7 @@ from torch import Tensor
 
 from medcot.engine import attention as module
 from medcot.engine import reference
-from twins import assert_twins, randn
+from twins import assert_twins, attention_pair, randn
 
 CHANNELS = 8
 LENGTHS = [[1], [1, 1, 1], [5, 1, 9], [16, 32], [47, 2, 1, 30], [100, 3]]
@@ -23,8 +23,7 @@ HEADS = [(2, 2), (6, 2), (4, 1)]  # query heads and key heads: ratios 1, 3 and 4
 
 
 def fast(lengths: list[int], num_kv: int, window: int | None = None) -> Callable[[Tensor], Tensor]:
-    layout = module.build_layout(lengths, torch.device("cpu"))
-    return lambda fused: module.attention(fused, layout, num_kv, window)
+    return attention_pair(module.build_layout(lengths, torch.device("cpu")), num_kv, window)
 
 
 def twin(lengths: list[int], num_kv: int, window: int | None = None) -> Callable[[Tensor], Tensor]:
@@ -127,6 +126,18 @@ def test_the_window_is_that_of_transformers() -> None:
         (gradient,) = torch.autograd.grad(out[query].sum(), fused, retain_graph=True)
         for key in range(length):
             assert bool(gradient[key, 2].any()) == bool(sees(0, 0, torch.tensor(query), torch.tensor(key)))
+
+
+@pytest.mark.usefixtures("probabilities")
+def test_reading_alone_gives_the_same() -> None:
+    layout = module.build_layout([6, 9, 1], torch.device("cpu"))
+    fused = randn(16, 4, CHANNELS)
+    before = fused.clone()
+    out, state = module.attend(fused, layout, 1, 4)
+    assert torch.equal(module.attention(fused, layout, 1, 4), out)
+    dq, dk, dv = state.gradients(torch.ones_like(out))
+    assert dq.shape == (16, 2, CHANNELS) and dk.shape == dv.shape == (16, 1, CHANNELS)
+    assert torch.equal(fused, before)
 
 
 def test_layout_maps_there_and_back() -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from medcot.engine import accelerate, engine_of, explain, release
-from tiny_models import TARGETS, attach, build_base, build_model, make_rows, plain_logits, relative
+from medcot.engine import accelerate, engine_of, explain, hold_in_fp8, release
+from medcot.errors import ModelError
+from tiny_models import TARGETS, attach, build_base, build_model, flatten, make_rows, plain_logits, relative
 
 
 def test_every_part_is_named() -> None:
@@ -21,6 +22,9 @@ def test_every_part_is_named() -> None:
     assert {line.split(":")[0] for line in text.splitlines()} == set(explanation.parts)
     for part in ("projections", "attention", "norm", "loss"):
         assert part in text
+    # On a CPU: no kernels of Triton's, no flash attention, and the base as it is.
+    assert "base dense" in explanation.parts["projections"] and "padded" in explanation.parts["attention"]
+    assert explanation.parts["norm, rotary, SwiGLU"].startswith("plain torch")
 
 
 def test_a_model_never_accelerated_says_so() -> None:
@@ -133,6 +137,15 @@ def test_adapters_on_whole_groups_only() -> None:
     assert relative(engine.logits(engine.hidden_states(ids, lengths)), wanted) < 1e-5
 
 
+@pytest.mark.parametrize("build", [lambda: build_base("llama"), gpt2], ids=["llama", "gpt2"])
+def test_eight_bit_products_need_a_gpu_and_a_known_family(build: Any) -> None:
+    model = build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ModelError, match=r"precision fp8 for a (llama|gpt2) model on cpu"):
+        hold_in_fp8(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 # --- what is saved ----------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +183,26 @@ def test_a_saved_base_opens_in_plain_transformers(tmp_path: Path) -> None:
     opened = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     assert opened.keys() == base.state_dict().keys()
     assert all(torch.equal(opened[name], value) for name, value in base.state_dict().items())
+
+
+def test_training_an_accelerated_model_changes_the_adapter_alone(tmp_path: Path) -> None:
+    """What is saved after a step opens in plain PEFT and gives the accelerated model's logits."""
+    from peft import PeftModel
+
+    model = build_model("qwen3")
+    rows = make_rows([20, 3])
+    accelerate(model)
+    engine = engine_of(model)
+    assert engine is not None
+    before = torch.cat(plain_logits(model, rows)).detach()
+    loss, _ = engine.summed_loss(*flatten(rows))
+    loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2).step()
+    model.save_pretrained(tmp_path)
+    opened = torch.cat(plain_logits(PeftModel.from_pretrained(build_base("qwen3"), tmp_path), rows)).detach()
+    ids, _, lengths = flatten(rows)
+    assert relative(engine.logits(engine.hidden_states(ids, lengths)), opened) < 1e-5
+    assert relative(before, opened) > 0.01
 
 
 def test_merging_after_release_is_pefts_own() -> None:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from medcot.engine import loss as loss_module
 from medcot.engine import reference
+from medcot.engine.frozen import DenseMatrix
 from medcot.engine.loss import token_loss
 from twins import assert_twins, randn
 
@@ -18,10 +20,12 @@ def make_case(num_tokens: int, dtype: torch.dtype, size: float = 1.0) -> tuple[T
     return randn(num_tokens, WIDTH) * size, randn(VOCAB, WIDTH, seed=1).to(dtype), targets
 
 
-def compare(num_tokens: int, dtype: torch.dtype, size: float = 1.0, share: float = 1.0) -> None:
+def compare(
+    num_tokens: int, dtype: torch.dtype, size: float = 1.0, share: float = 1.0, chunk_tokens: int | None = None
+) -> None:
     hidden, head, targets = make_case(num_tokens, dtype, size)
     assert_twins(
-        lambda x: token_loss(x, head, targets) * share,
+        lambda x: token_loss(x, head, targets, chunk_tokens) * share,
         lambda x: reference.token_loss(x, head.to(x.dtype), targets) * share,
         [hidden],
         dtype,
@@ -33,6 +37,27 @@ def compare(num_tokens: int, dtype: torch.dtype, size: float = 1.0, share: float
 @pytest.mark.parametrize("num_tokens", [1, 31, 63, 64, 65, 127, 128, 129, 255, 256, 257, 513])
 def test_at_the_borders_of_chunks(num_tokens: int, dtype: torch.dtype) -> None:
     compare(num_tokens, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 7, 33, 159, 160, 1000])
+@pytest.mark.parametrize("num_tokens", [1, 2, 34, 160, 161])
+def test_chunks_of_any_size(num_tokens: int, chunk_tokens: int, dtype: torch.dtype) -> None:
+    compare(num_tokens, dtype, chunk_tokens=chunk_tokens)
+
+
+def test_chunks_are_even_and_no_larger_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    real = loss_module._loss_and_gradient
+    monkeypatch.setattr(
+        loss_module, "_loss_and_gradient", lambda logits, targets: sizes.append(len(logits)) or real(logits, targets)
+    )
+    hidden, head, targets = make_case(100, torch.float32)
+    token_loss(hidden, head, targets, 33)
+    assert sizes == [25, 25, 25, 25]
+    sizes.clear()
+    token_loss(hidden, head, targets, 40)
+    assert sizes == [34, 34, 32]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -79,3 +104,16 @@ def test_two_backward_passes_add_up() -> None:
     once = hidden.grad.clone()
     loss.backward()
     assert torch.allclose(hidden.grad, 2 * once)
+
+
+def test_a_matrix_of_the_engines_own_is_as_good_as_the_weight() -> None:
+    hidden, head, targets = make_case(50, torch.float32)
+    assert torch.equal(token_loss(hidden, DenseMatrix(head), targets), token_loss(hidden, head, targets))
+
+
+def test_the_head_and_the_hidden_states_stay_as_they_were() -> None:
+    hidden, head, targets = make_case(50, torch.float32)
+    before = hidden.clone(), head.clone()
+    hidden.requires_grad_()
+    token_loss(hidden, head, targets, 7).backward()
+    assert torch.equal(hidden, before[0]) and torch.equal(head, before[1])

@@ -191,7 +191,7 @@ def test_packed_loss_is_padded_loss(base_model, tokenizer, tmp_path, fast):
     with torch.no_grad():
         wanted = float(tiny_models.plain_loss(base_model, rows))
     plan, counter = _plan(), sft._Counter()
-    trainer = sft._build_trainer(model, tokenizer, _rows(), plan, counter, tmp_path)
+    trainer = sft._build_trainer(model, tokenizer, _rows(), plan, counter, tmp_path, pytest.fail, model.device)
     with torch.no_grad():
         got, num_trained = trainer._summed_loss(model, (batch := flatten_rows(_rows())), batch["labels"][0])
     assert float(got) == pytest.approx(wanted, rel=1e-5)

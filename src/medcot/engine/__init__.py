@@ -1,9 +1,10 @@
 """The engine: makes the training step of a PEFT-wrapped transformers model fast without changing what it computes.
 
 ``accelerate(model)`` looks at the very model it is given and builds fast counterparts of its decoder layers over the
-same weights; ``explain(model)`` says which part took which path, and why not. Nothing is patched: the model's classes
-and methods stay as they were, so anything else done with it (saving, merging, generating) goes on as before. The
-trainer asks ``engine_of(model)`` for the fast forward and uses the model itself where there is none.
+same weights; ``explain(model)`` says which part took which path, and why not. No class is patched: the one thing put on
+the model is its decoder instance's ``forward`` (``forward.py``), by which any training loop gets the fast layers, and
+anything else done with it (saving, merging, generating) goes on as before. medcot's trainer asks ``engine_of(model)``
+for the fast loss as well, and uses the model itself where there is none.
 
 A part that the engine does not know sends the whole model down the plain path: half a fast model is harder to trust
 than a slow one, and the reason is printed.
@@ -11,7 +12,8 @@ than a slow one, and the reason is printed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -23,7 +25,8 @@ from torch import Tensor, nn
 from medcot.engine import pointwise
 from medcot.engine.attention import SHAPE_STEP, build_layout
 from medcot.engine.devices import has_flash, has_fp8, has_triton, send
-from medcot.engine.frozen import Fp8Linear, Fp8Weight, Matrix
+from medcot.engine.forward import install, remove
+from medcot.engine.frozen import FP8_STEP, Fp8Linear, Fp8Weight, Matrix
 from medcot.engine.layers import FAMILIES, GROUPS, FastLayer, LayerPairs, Step, layer_reason, window_of
 from medcot.engine.lora import base_of, cast_adapters
 from medcot.engine.loss import token_loss
@@ -71,37 +74,40 @@ class Engine:
         self._host: HostStore | None = None
         # Where the layers multiply in 8 bit, the head does so for the loss too; answers come from the head as it is.
         head = self.causal_lm.lm_head.weight
-        in_fp8 = isinstance(self.layers[0].down.weight, Fp8Weight)
+        in_fp8 = isinstance(self.layers[0].down.weight, Fp8Weight) and len(head) % FP8_STEP == 0
         self.head: Tensor | Matrix = Fp8Weight([head], self.dtype) if in_fp8 else head
 
-    def embed(self, ids_T: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Token embeddings (T, D) and the rotary angles' cosine and sine (T, C)."""
-        table = self.decoder.embed_tokens
-        hidden_TD = send(table(send(ids_T, table.weight.device)), self.device).to(self.dtype)
+    def embed(self, tokens: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Token embeddings (T, D) of ids (T), if need be, and the rotary angles' cosine and sine (T, C)."""
+        if tokens.ndim == 1:
+            table = self.decoder.embed_tokens
+            tokens = table(send(tokens, table.weight.device))
+        hidden_TD = send(tokens, self.device).to(self.dtype)
         cos_1TC, sin_1TC = self.decoder.rotary_emb(hidden_TD[None], position_ids=positions_T[None])
         return hidden_TD, cos_1TC[0], sin_1TC[0]
 
     def hidden_states(
-        self, ids_T: Tensor, lengths: Sequence[int], *, memory: Memory = FASTEST, positions_T: Tensor | None = None
+        self, tokens: Tensor, lengths: Sequence[int], *, memory: Memory = FASTEST, positions_T: Tensor | None = None
     ) -> Tensor:
         """Final hidden states (T, D), after the last norm.
 
         Args:
-            ids_T: token ids of all rows, end to end.
+            tokens: ids (T) of all rows, end to end, or their embeddings (T, D).
             lengths: tokens of each row; they add up to T.
             memory: what is kept for the backward pass.
             positions_T: each token's position; ``None`` counts from 0 in each row.
         """
-        num_tokens = len(ids_T)
+        num_tokens = len(tokens)
         if positions_T is None:
             positions_T = torch.cat([torch.arange(length) for length in lengths])
-        if ids_T.device.type == "cpu" and num_tokens % SHAPE_STEP:
+        if self.device.type == "cpu" and num_tokens % SHAPE_STEP:
             # The filler lengthens the last row at its end, where causal attention hides it from every real token.
             filler = SHAPE_STEP - num_tokens % SHAPE_STEP
-            ids_T, lengths = F.pad(ids_T, (0, filler)), [*lengths[:-1], lengths[-1] + filler]
+            tokens = F.pad(tokens, (0, 0) * (tokens.ndim - 1) + (0, filler))
+            lengths = [*lengths[:-1], lengths[-1] + filler]
             positions_T = F.pad(positions_T, (0, filler))
         device = self.device
-        hidden_TD, cos_TC, sin_TC = self.embed(ids_T, send(positions_T, device))
+        hidden_TD, cos_TC, sin_TC = self.embed(tokens, send(positions_T, device))
         step = Step(
             layout=build_layout(lengths, device),
             cos_TC=cos_TC.contiguous(),
@@ -117,6 +123,17 @@ class Engine:
         host = self._host_store() if memory.keep is Keep.HOST else None
         final_TD = DecoderStack.apply(hidden_TD, self.layers, self.decoder.norm, pairs, step, host, *adapters)
         return final_TD[:num_tokens]
+
+    def renew(self) -> str | None:
+        """Build itself again over a model that has changed; or return why it cannot, and stay as it was."""
+        reason = _plain_reason(self.causal_lm)
+        if reason is None:
+            self.__init__(self.causal_lm)  # type: ignore[misc]  # whoever holds the engine holds the new one
+        return reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model has layers of its own, and no engine until it is accelerated."""
+        return type(None), ()
 
     def _host_store(self) -> HostStore:
         if self._host is None:
@@ -141,6 +158,22 @@ class Engine:
         picked_TD = hidden_TD[send(targets, self.device)]
         loss = token_loss(picked_TD, self.head, wanted_T, memory.chunk_tokens)
         return loss, len(targets)
+
+    @contextmanager
+    def table_on_host(self) -> Iterator[None]:
+        """Keep the input embedding in host memory meanwhile: 1 GB of Llama 8B, read row by row.
+
+        A table that is also the output head stays where it is.
+        """
+        table = self.decoder.embed_tokens
+        if self.device.type != "cuda" or table.weight is self.causal_lm.lm_head.weight:
+            yield
+            return
+        table.weight.data = table.weight.data.to("cpu")
+        try:
+            yield
+        finally:
+            table.weight.data = table.weight.data.to(self.device)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Next-token logits (T, V) in the model's dtype."""
@@ -180,11 +213,12 @@ def accelerate(model: nn.Module) -> Explanation:
     causal_lm = _causal_lm(model)
     reason = _plain_reason(causal_lm)
     if reason is not None:
-        vars(model).pop(_ENGINE, None)  # of an earlier call, when the model was another
+        release(model)  # from an earlier call, when the model was another
         explanation = Explanation(fast=False, reason=reason)
     else:
         if engine_of(model) is None:
             setattr(model, _ENGINE, Engine(causal_lm))
+        install(vars(model)[_ENGINE])
         explanation = Explanation(fast=True, parts=_parts(causal_lm))
     setattr(model, _EXPLANATION, explanation)
     return explanation
@@ -192,7 +226,10 @@ def accelerate(model: nn.Module) -> Explanation:
 
 def explain(model: nn.Module) -> Explanation:
     """Say which path each part of a model took; a model never accelerated says so."""
-    return vars(model).get(_EXPLANATION, Explanation(fast=False, reason="accelerate() was not called on it"))
+    explanation = vars(model).get(_EXPLANATION)
+    if explanation is None or (explanation.fast and engine_of(model) is None):  # a copy has the words alone
+        return Explanation(fast=False, reason="accelerate() was not called on it")
+    return explanation
 
 
 def engine_of(model: nn.Module) -> Engine | None:
@@ -216,6 +253,16 @@ def hold_in_fp8(model: nn.Module) -> None:
             f"8-bit products are the engine's own: {', '.join(FAMILIES)}, on a GPU of Hopper's generation or later",
             "Set model.precision=auto or nf4",
         )
+    linears = [
+        layer.get_submodule(f"{o}.{n}") for layer in causal_lm.model.layers for o, names in GROUPS for n in names
+    ]
+    odd = {size for linear in linears for size in linear.weight.shape if size % FP8_STEP}
+    if odd:
+        raise ModelError(
+            f"precision fp8 for projections of {', '.join(map(str, sorted(odd)))} inputs or outputs",
+            f"8-bit products take sizes that are multiples of {FP8_STEP}",
+            "Set model.precision=auto or nf4",
+        )
     for layer in causal_lm.model.layers:
         for owner, names in GROUPS:
             parent = layer.get_submodule(owner)
@@ -227,6 +274,9 @@ def hold_in_fp8(model: nn.Module) -> None:
 
 def release(model: nn.Module) -> None:
     """Forget a model's fast forward, before the model is changed in ways the engine would not see (a new adapter)."""
+    engine = engine_of(model)
+    if engine is not None:
+        remove(engine)
     for name in (_ENGINE, _EXPLANATION):
         vars(model).pop(name, None)
 

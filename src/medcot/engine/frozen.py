@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from medcot.engine.devices import has_triton
 
 
+FP8_STEP = 16  # cuBLAS multiplies in 8 bit where both sizes of a weight are multiples of this
+
+
 class Matrix(Protocol):
     """A weight that is open."""
 
@@ -127,8 +130,9 @@ def _unpack(packed: Tensor, state: Any, rows_ND: Tensor) -> None:
 class Fp8Linear(nn.Linear):
     """A frozen linear layer whose weights are rows of its group's ``Fp8Weight``.
 
-    The plain model still runs, from weights unpacked on the way. Merging an adapter into it raises, as it must: PyTorch
-    adds nothing to float8.
+    The plain model still runs, from weights unpacked on the way. The parameter shows the bytes of the float8 numbers:
+    PEFT rounds a new adapter to its base's dtype where that is a floating one, and A would start with 17 different
+    values. Merging an adapter into it raises, as it must: PyTorch adds no float to bytes.
 
     Args:
         group: the weight of the projections that share this layer's input.
@@ -138,14 +142,16 @@ class Fp8Linear(nn.Linear):
 
     def __init__(self, group: Fp8Weight, index: int, bias: nn.Parameter | None) -> None:
         nn.Module.__init__(self)
-        self.group, self.index, self.bias = group, index, bias
+        self.group, self.index = group, index
+        self.register_parameter("bias", bias)
         self.in_features, self.out_features = group.in_features, group.out_features[index]
-        self.weight = nn.Parameter(group.rows_ND.split(group.out_features)[index], requires_grad=False)
+        rows_ND = group.rows_ND.split(group.out_features)[index]
+        self.weight = nn.Parameter(rows_ND.view(torch.uint8), requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """``x Wᵀ + b`` with the rounded weights and x as it is: what the 8-bit product approximates."""
         scale_N1 = self.group.scale_N.split(self.group.out_features)[self.index][:, None]
-        weight_ND = (self.weight.to(torch.float32) * scale_N1).to(input.dtype)
+        weight_ND = (self.weight.view(torch.float8_e4m3fn).to(torch.float32) * scale_N1).to(input.dtype)
         return nn.functional.linear(input, weight_ND, self.bias)
 
 

@@ -271,27 +271,31 @@ def unpack_nf4_kernel(
     tl.store(out + out_place, both.to(out.dtype.element_ty), mask=out_place < num_bytes * 2)
 
 
-@triton.jit(do_not_specialize=_PER_BATCH)
+@triton.jit
+def _scaled_columns(x, columns_scale, row, columns, N, HAS_SCALE: tl.constexpr):
+    value = tl.load(x + row * N + columns, mask=columns < N, other=0.0).to(tl.float32)
+    if HAS_SCALE:
+        value *= tl.load(columns_scale + columns, mask=columns < N, other=0.0)
+    return value
+
+
+@triton.jit
 def quantise_rows_kernel(
     x, columns_scale, out, out_scale, N: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    # A row that fits is read once; a wider one, the gradient of a vocabulary's logits, twice.
+    # The first block of a row stays in registers, so that a row of one block is read once; the gradient of a
+    # vocabulary's logits has more, which are read twice.
     row = tl.program_id(0).to(tl.int64)
-    largest = 0.0
-    for start in range(0, N, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        value = tl.load(x + row * N + columns, mask=columns < N, other=0.0).to(tl.float32)
-        if HAS_SCALE:
-            value *= tl.load(columns_scale + columns, mask=columns < N, other=0.0)
+    head_columns = tl.arange(0, BLOCK)
+    head = _scaled_columns(x, columns_scale, row, head_columns, N, HAS_SCALE)
+    largest = tl.max(tl.abs(head), 0)
+    for start in range(BLOCK, N, BLOCK):
+        value = _scaled_columns(x, columns_scale, row, start + tl.arange(0, BLOCK), N, HAS_SCALE)
         largest = tl.maximum(largest, tl.max(tl.abs(value), 0))
     scale = tl.where(largest > 0, largest / 448.0, 1.0)
     tl.store(out_scale + row, scale)
-    if N <= BLOCK:
+    tl.store(out + row * N + head_columns, (head / scale).to(out.dtype.element_ty), mask=head_columns < N)
+    for start in range(BLOCK, N, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        value = _scaled_columns(x, columns_scale, row, columns, N, HAS_SCALE)
         tl.store(out + row * N + columns, (value / scale).to(out.dtype.element_ty), mask=columns < N)
-    else:
-        for start in range(0, N, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            value = tl.load(x + row * N + columns, mask=columns < N, other=0.0).to(tl.float32)
-            if HAS_SCALE:
-                value *= tl.load(columns_scale + columns, mask=columns < N, other=0.0)
-            tl.store(out + row * N + columns, (value / scale).to(out.dtype.element_ty), mask=columns < N)

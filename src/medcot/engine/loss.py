@@ -69,9 +69,7 @@ def _loss_and_gradient(logits_BV: Tensor, targets_B: Tensor) -> tuple[Tensor, Te
     return loss, p_BV
 
 
-def token_loss(
-    hidden_TD: Tensor, head: Tensor | Matrix, targets_T: Tensor, chunk_tokens: int | None = None
-) -> Tensor:
+def token_loss(hidden_TD: Tensor, head: Tensor | Matrix, targets_T: Tensor, chunk_tokens: int | None = None) -> Tensor:
     """Summed float32 cross-entropy of hidden states against targets, all of which carry loss.
 
     Args:

@@ -1,8 +1,11 @@
-"""How much memory a training step needs, by counting what is kept.
+"""What a training step may keep in memory, and how much it then needs, by counting.
 
-Three terms: the frozen weights; the adapter with its gradient and two moments, 16 bytes a weight in float32; and the
-activations that autograd keeps for the tokens of one forward. The last depends on what the layers save, which for the
-engine's layers is known line by line (``activation_bytes_per_token``). The formula is meant to be good to 25 %.
+The engine can keep everything its backward pass reads, or ever less (``Keep``), and can work through long rows in
+pieces (``Memory``). The need is a sum of four: the frozen weights; the adapter with its gradient, moments and 16-bit
+copy; what the layers keep for the tokens of one forward, known line by line because their backward is our own; and the
+most that one layer's backward, or the loss, takes beside that. Against peaks measured on an H200 (Llama 8B's shape,
+NF4, FP8 and 16 bit, 1.6k to 16k tokens a forward) the sum is good to 10 % (bench/RESULTS.md); on a CPU, where the
+process's own memory is counted and nothing says when it is given back, to 25 %.
 
 Axes: D hidden, F intermediate, H and G query and key/value heads, C channels of a head, V vocabulary.
 """
@@ -17,10 +20,14 @@ from medcot.engine.attention import KEEP_PROBABILITIES
 
 GB = 2**30
 # Bytes a weight: NF4 with double quantisation is 4 bits and 0.127 bits of scales (QLoRA, section 3); int8 keeps a scale
-# a row; the embedding and the head stay in 16 bit.
-WEIGHT_BYTES = {"nf4": 4.127 / 8, "int8": 1.0, "bf16": 2.0, "fp16": 2.0, "fp32": 4.0}
+# a row; FP8 has each weight twice, by rows and by columns; the embedding and the head stay in 16 bit.
+WEIGHT_BYTES = {"nf4": 4.127 / 8, "int8": 1.0, "fp8": 2.0, "bf16": 2.0, "fp16": 2.0, "fp32": 4.0}
 # Python, torch and the libraries before any tensor: 0.9 GB on a CPU, of which the process's peak memory counts all.
 PROCESS_GB_CPU = 0.9
+# Bytes an adapter weight: itself and its gradient in float32, the copy that is cast for the products, two moments.
+ADAPTER_BYTES = 4 + 4 + 2 + 2
+ADAPTER_BYTES_CPU = 4 + 4 + 2 + 8
+CHUNK_TOKENS = 2048  # of the loss, where none are asked for
 # The plain path keeps float32 copies of norms, every cast input of every adapter, and the logits of all tokens.
 PLAIN_PATH_FACTOR = 2.3
 
@@ -55,8 +62,8 @@ class Memory:
 
 
 FASTEST = Memory()
-# Pieces of a long row: gate and up of 4,096 tokens of Llama 8B take 0.23 GiB, the logits of 512 tokens 0.13.
-SMALLEST = Memory(Keep.HOST, tile_tokens=4096, chunk_tokens=512)
+# Pieces of a long row: gate and up of 1,024 tokens of Llama 8B take 0.06 GiB, the logits of 512 tokens 0.13.
+SMALLEST = Memory(Keep.HOST, tile_tokens=1024, chunk_tokens=512)
 
 
 class ModelShape(Protocol):
@@ -100,6 +107,8 @@ def weight_gb(shape: ModelShape, precision: str) -> float:
     tables = min(2 * shape.vocab * shape.hidden, shape.num_params)
     body = shape.num_params - tables
     table_bytes = 4.0 if precision == "fp32" else 2.0
+    if precision == "fp8":
+        table_bytes = 3.0  # the head is held in 8 bit too, twice, for the loss
     return (body * WEIGHT_BYTES.get(precision, 2.0) + tables * table_bytes) / GB
 
 
@@ -112,16 +121,41 @@ def adapter_params(shape: ModelShape, rank: int) -> int:
     return rank * inputs_and_outputs * shape.num_layers
 
 
-def activation_bytes_per_token(shape: ModelShape, bytes_per_value: int, *, recompute: bool) -> int:
-    """Bytes that autograd keeps for one token.
+def activation_bytes_per_token(shape: ModelShape, bytes_per_value: int, keep: Keep) -> int:
+    """Bytes that all layers keep on the device for one token, from forward to backward.
 
-    A layer keeps its input, both norms' outputs, the sum after attention (4 D), the padded q, k and v (H + 2G)·C, the
-    attended heads (H·C), gate and up (2 F) and their product (F). Recomputing keeps the input alone.
+    ``Keep.ALL``: the residual stream at both norms and the norms' outputs (4 D), the rotated q, k and v (H + 2G)·C, the
+    attended heads H·C, gate and up 2 F and their product F. ``LEAN`` makes the norms' outputs and the product again,
+    ``INPUT`` keeps D, ``HOST`` nothing here.
     """
-    if recompute:
-        return shape.num_layers * shape.hidden * bytes_per_value
-    attention = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    return shape.num_layers * (4 * shape.hidden + attention + 3 * shape.intermediate) * bytes_per_value
+    return shape.num_layers * bytes_per_value * _layer_values(shape, keep)
+
+
+def _layer_values(shape: ModelShape, keep: Keep) -> int:
+    heads = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    return {
+        Keep.ALL: 4 * shape.hidden + heads + 3 * shape.intermediate,
+        Keep.LEAN: 2 * shape.hidden + heads + 2 * shape.intermediate,
+        Keep.INPUT: shape.hidden,
+        Keep.HOST: 0,
+    }[keep]
+
+
+def _working_bytes(shape: ModelShape, precision: str, tokens: int, memory: Memory, bytes_per_value: int) -> int:
+    """The most that one layer's backward takes beside what is kept, its unpacked weights included.
+
+    At its widest moment the MLP has the gradients of gate and up (2 F) and of their product (F) beside three of the
+    residual stream's width. A layer that is computed again has first of all what it would have kept, the MLP's part of
+    that, with the gradients, for a tile's tokens only.
+    """
+    wide = min(memory.tile_tokens or tokens, tokens) if memory.keep.recomputes else tokens
+    values = tokens * 3 * shape.hidden + wide * 3 * shape.intermediate
+    if memory.keep.recomputes:
+        mlp = 3 * shape.intermediate + shape.hidden
+        values += tokens * (_layer_values(shape, Keep.ALL) - mlp) + wide * mlp
+        values += 2 * tokens * shape.hidden if memory.keep is Keep.HOST else 0  # one input in use, one on its way
+    unpacked = 3 * shape.intermediate * shape.hidden * bytes_per_value if precision == "nf4" else 0
+    return values * bytes_per_value + unpacked
 
 
 def predict_peak_gb(
@@ -142,22 +176,26 @@ def predict_peak_gb(
         precision: how the frozen weights are held.
         tokens: real tokens of one forward.
         rank: LoRA rank, on seven projections.
-        memory: what the step keeps.
+        memory: what the step keeps, and in what pieces it works.
         fast: whether the engine runs the step.
-        on_cpu: then the process itself counts too.
+        on_cpu: then the process itself counts too, and the moments are float32.
         longest: tokens of the longest row where attention keeps its probabilities (the portable path), else 0.
     """
     bytes_per_value = 4 if precision == "fp32" else 2
-    activations = tokens * activation_bytes_per_token(shape, bytes_per_value, recompute=memory.keep.recomputes)
+    activations = tokens * activation_bytes_per_token(shape, bytes_per_value, memory.keep)
     if not memory.keep.recomputes:
         probabilities = shape.heads * tokens * longest
         activations += (
             shape.num_layers * bytes_per_value * (probabilities if probabilities <= KEEP_PROBABILITIES else 0)
         )
-    # Backward works on one layer at a time: its recomputed activations, or the gradients of its widest buffers.
-    one_layer = activation_bytes_per_token(shape, bytes_per_value, recompute=False) // shape.num_layers
-    working = tokens * one_layer + 2 * 1024 * shape.vocab * 4
+    working = _working_bytes(shape, precision, tokens, memory, bytes_per_value)
+    # The loss, before any layer's backward: a chunk's logits, and the hidden states, their copy and gradient.
+    chunk = min(memory.chunk_tokens or CHUNK_TOKENS, tokens)
+    loss = chunk * shape.vocab * (12 if on_cpu else bytes_per_value) + 4 * tokens * shape.hidden * bytes_per_value
     if not fast:
         activations = int(activations * PLAIN_PATH_FACTOR) + tokens * shape.vocab * 8
-    total = (activations + working + 16 * adapter_params(shape, rank)) / GB + weight_gb(shape, precision)
+    adapter = adapter_params(shape, rank) * (ADAPTER_BYTES_CPU if on_cpu else ADAPTER_BYTES)
+    total = (activations + max(working, loss) + adapter) / GB + weight_gb(shape, precision)
+    if fast and memory.keep is Keep.HOST and not on_cpu:
+        total -= shape.vocab * shape.hidden * bytes_per_value / GB  # the input embedding waits on the host
     return total + (PROCESS_GB_CPU if on_cpu else 0.0)

@@ -52,6 +52,7 @@ class DecoderStack(torch.autograd.Function):
         x_TD, y_TD, term = hidden_TD, None, None
         traces: list[Trace] = []
         needed = any(ctx.needs_input_grad)
+        ctx.forward_number = host.begin() if host is not None and needed else 0
         for index, (layer, own) in enumerate(zip(layers, pairs, strict=True)):
             x_TD, y_TD, term, trace = layer.forward(x_TD, y_TD, term, own, step)
             if needed:
@@ -82,7 +83,7 @@ class DecoderStack(torch.autograd.Function):
         for index in reversed(range(len(ctx.layers))):
             trace = traces.pop()
             if host is not None:
-                trace.x_TD = host.take(index)
+                trace.x_TD = host.take(index, ctx.forward_number)
             assert d_TD is not None
             wants_dx = index > 0 or ctx.needs_input_grad[0]
             d_TD, own = ctx.layers[index].backward(trace, d_TD, ctx.pairs[index], step, wants_dx=wants_dx)
@@ -136,7 +137,14 @@ class HostStore:
         self._buffers: dict[int, Tensor] = {}
         self._shapes: dict[int, torch.Size] = {}
         self._ahead: dict[int, tuple[Tensor, Any]] = {}
+        self._forward = 0  # which forward the buffers belong to
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def begin(self) -> int:
+        """Give the buffers to a new forward, whose number is to be shown when they are read."""
+        self._ahead.clear()  # what a backward that failed had fetched
+        self._forward += 1
+        return self._forward
 
     def put(self, index: int, x_TD: Tensor) -> None:
         """Copy a layer's input to the host; the tensor may be forgotten at once."""
@@ -149,8 +157,17 @@ class HostStore:
             buffer.copy_(x_TD, non_blocking=True)
         x_TD.record_stream(self._stream)
 
-    def take(self, index: int) -> Tensor:
-        """Return a layer's input, back on the device, and start fetching the one before it."""
+    def take(self, index: int, forward: int) -> Tensor:
+        """Return a layer's input, back on the device, and start fetching the one before it.
+
+        Raises:
+            RuntimeError: another forward has begun since, and has taken the buffers.
+        """
+        if forward != self._forward:
+            raise RuntimeError(
+                "the backward of a forward whose layers' inputs on the host are gone: with Keep.HOST each forward's"
+                " backward comes before the next forward"
+            )
         if index not in self._ahead:
             self._fetch(index)
         x_TD, done = self._ahead.pop(index)

@@ -80,13 +80,17 @@ class FlatAdamW8bit(torch.optim.Optimizer):
             parameters = group["params"]
             if not parameters or all(p.grad is None for p in parameters):
                 continue
-            state = self.state[parameters[0]]
+            state, (beta1, beta2) = self.state[parameters[0]], group["betas"]
             state["step"] += 1
+            flat = as_one(parameters)
             optimizer_update_8bit_blockwise(
-                "adam", as_one([p.grad for p in parameters]), as_one(parameters), state["moment1"], state["moment2"],
-                *group["betas"], 0.0, 0.0, group["eps"], state["step"], group["lr"], state["map1"], state["map2"],
+                "adam", as_one([p.grad for p in parameters]), flat, state["moment1"], state["moment2"],
+                beta1, beta2, 0.0, 0.0, group["eps"], state["step"], group["lr"], state["map1"], state["map2"],
                 state["scale1"], state["scale2"], group["weight_decay"],
             )  # fmt: skip
+            if flat.data_ptr() != parameters[0].data_ptr():  # one has been given new storage: the update is in a copy
+                for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                    parameter.copy_(part.view(parameter.shape))
 
 
 def as_one(tensors: list[Any]) -> Tensor:

@@ -19,7 +19,6 @@ What differs from a bare ``SFTTrainer``:
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 import shutil
@@ -146,6 +145,8 @@ def choose_optimizer(name: str, device: torch.device) -> str:
 class ReasoningTrainer(SFTTrainer):
     """SFTTrainer with the loss of the whole step, the engine's forward and atomic checkpoints."""
 
+    model: torch.nn.Module  # transformers' is optional until it is built
+
     def __init__(
         self, *args: Any, plan: Plan, counter: _Counter, announce: Callable[[str], None], **kwargs: Any
     ) -> None:
@@ -157,19 +158,29 @@ class ReasoningTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Keep accelerate from wrapping the model for several processes; ``training_step`` adds up the gradients."""
+        """Keep accelerate from moving the model, and from wrapping it for several processes.
+
+        ``training_step`` adds up the gradients.
+        """
         super().create_accelerator_and_postprocess()
         accelerator = self.accelerator
-        if accelerator.num_processes > 1:
-            prepare = accelerator.prepare_model
+        prepare, several = accelerator.prepare_model, accelerator.num_processes > 1
+
+        def prepare_in_place(model: Any, device_placement: bool | None = None, evaluation_mode: bool = False) -> Any:
             # "Evaluation mode" is accelerate's word for autocast without DistributedDataParallel.
-            accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)  # type: ignore[method-assign]
+            return prepare(model, device_placement=False, evaluation_mode=several)
+
+        accelerator.prepare_model = prepare_in_place  # type: ignore[method-assign]
 
     def get_train_dataloader(self) -> Any:
         """Return the batches of this process, in the order that one process alone would have."""
         here = ranks.current()
         if here.size == 1:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            if engine_of(self.model) is not None:
+                # accelerate would copy each batch to the GPU, and counting its tokens would wait for the GPU.
+                loader.device = None
+            return loader
         dataset: Any = self.train_dataset
         shares = StepShares(
             SeedableRandomSampler(dataset),  # its seed is the process's, which the trainer set
@@ -180,6 +191,9 @@ class ReasoningTrainer(SFTTrainer):
             size=here.size,
         )
         return ShareLoader(dataset, shares, pin_memory=self.args.dataloader_pin_memory)
+
+    def _move_model_to_device(self, model: Any, device: Any) -> None:
+        """Leave the model where it was loaded: a part of it may be on the host."""
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the optimizer: 8-bit AdamW in one launch, or what transformers has by the plan's name."""
@@ -353,16 +367,18 @@ def train(
     Raises:
         DivergedError: the loss is no longer finite.
     """
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)  # what was asked before is not training's memory
+    device, engine = model.device, engine_of(model)
+    on_host = plan.memory.keep is Keep.HOST and engine is not None
     counter = _Counter()
     started_s = time.monotonic()
-    with quiet_libraries():
+    with quiet_libraries(), engine.table_on_host() if engine and on_host else contextlib.nullcontext():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # what was asked before is not training's memory
         if resume_from is not None and _step_of(resume_from) >= plan.num_steps:
             _load_adapter(model, resume_from)  # the trainer would take one step too many before it looks at the number
         else:
-            trainer = _build_trainer(model, tokenizer, rows, plan, counter, folder, announce)
-            trainer.add_callback(_Reporter(counter, model.device, on_step))
+            trainer = _build_trainer(model, tokenizer, rows, plan, counter, folder, announce, device)
+            trainer.add_callback(_Reporter(counter, device, on_step))
             started_s = time.monotonic()
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     seconds = time.monotonic() - started_s
@@ -375,7 +391,7 @@ def train(
         seconds=seconds,
         tokens_per_s=tokens / seconds,
         trained_tokens_per_s=trained_tokens / seconds,
-        peak_memory_gb=peak_memory_gb(model.device),
+        peak_memory_gb=peak_memory_gb(device),
     )
 
 
@@ -394,10 +410,11 @@ def _build_trainer(
     counter: _Counter,
     folder: Path,
     announce: Callable[[str], None],
+    device: torch.device,
 ) -> ReasoningTrainer:
     fast = engine_of(model) is not None
     dtype = model.get_base_model().dtype
-    on_cuda = model.device.type == "cuda"
+    on_cuda = device.type == "cuda"
     config = SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=plan.micro_batch_size,
@@ -430,7 +447,7 @@ def _build_trainer(
         disable_tqdm=True,
         log_level="error",
     )
-    assert config.device.type == model.device.type  # reading it settles the devices, so that the next line stays
+    assert config.device.type == device.type  # reading it settles the devices, so that the next line stays
     config._n_gpu = 1  # one process, one GPU: transformers would multiply the batch by the GPUs it sees
     masters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer = ReasoningTrainer(

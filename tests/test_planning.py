@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from medcot import planning
-from medcot.engine.memory import FASTEST, SMALLEST, Keep, Memory, predict_peak_gb
+from medcot.engine.memory import FASTEST, SMALLEST, Keep, Memory, predict_peak_gb, small_pieces
 from medcot.errors import DataError, RecipeError
 from medcot.recipe import Recipe, load_recipe
 from medcot.records import Row
@@ -213,7 +213,27 @@ def test_what_the_recipe_says_of_splits_and_recomputing_is_kept(monkeypatch):
     assert (plan.micro_batch_size, plan.memory) == (4, FASTEST)
     monkeypatch.setattr(planning, "free_memory_gb", lambda device: 100.0)
     assert _plan("train.gradient_checkpointing='on'")[0].memory == Memory(Keep.INPUT)
-    assert _plan("train.gradient_checkpointing=offload")[0].memory == SMALLEST
+    assert _plan("train.gradient_checkpointing=offload")[0].memory.keep is Keep.HOST
+
+
+def test_a_roomy_card_keeps_4_bit_weights_unpacked_and_the_step_whole(monkeypatch):
+    rows = [_row(790)] * 16
+    monkeypatch.setattr(planning, "has_flash", lambda device, dtype: True)
+
+    def plan_with(free_gb: float, *overrides: str) -> Any:
+        monkeypatch.setattr(planning, "free_memory_gb", lambda device: free_gb)
+        return planning.build_plan(_recipe(*overrides), rows, LLAMA_8B, "nf4", torch.device("cuda"), fast=True)[0]
+
+    assert (plan_with(139).micro_batch_size, plan_with(139).memory) == (8, Memory(Keep.ALL, unpacked=True))
+    assert plan_with(46).memory.keep is Keep.ALL and plan_with(46).micro_batch_size >= 4
+    assert not plan_with(22).memory.keep.recomputes and plan_with(22).micro_batch_size < 8
+    assert plan_with(9).memory.keep.recomputes
+    assert plan_with(139, "train.gradient_checkpointing='on'").memory == Memory(Keep.INPUT)
+
+
+def test_small_pieces_follow_the_length_of_a_row():
+    tiles = [small_pieces(tokens).tile_tokens for tokens in (10, 1900, 20_000, 56_000, 10**6)]
+    assert tiles == [256, 256, 512, 1664, 2048]
 
 
 def test_a_split_only_takes_divisors(monkeypatch):

@@ -21,7 +21,16 @@ import torch
 from medcot import clinic, prompt
 from medcot.data import checks, columns, sources
 from medcot.engine.devices import has_flash
-from medcot.engine.memory import SMALLEST, Keep, Memory, adapter_params, predict_peak_gb, weight_gb
+from medcot.engine.memory import (
+    FASTEST,
+    SMALLEST,
+    Keep,
+    Memory,
+    adapter_params,
+    predict_peak_gb,
+    small_pieces,
+    weight_gb,
+)
 from medcot.errors import DataError, RecipeError
 from medcot.recipe import Checkpointing, Recipe, TrainStage
 from medcot.records import Example, Quarantined, Row
@@ -45,6 +54,8 @@ MEMORIES: dict[Checkpointing, tuple[Memory, ...]] = {
     Checkpointing.OFFLOAD: (SMALLEST,),
     Checkpointing.AUTO: (Memory(Keep.ALL), Memory(Keep.LEAN), Memory(Keep.INPUT), SMALLEST),
 }
+# Where the base is in 4 bit and the card has room for it in 16 bit too.
+UNPACKED = Memory(Keep.ALL, unpacked=True)
 # Time of a step against one that keeps everything, and the tokens that a forward's fixed cost (launches, unpacking NF4)
 # is worth; measured on an H200 with Llama 8B's shape.
 RELATIVE_TIME = {Keep.ALL: 1.0, Keep.LEAN: 1.03, Keep.INPUT: 1.3, Keep.HOST: 1.35}
@@ -178,7 +189,10 @@ def build_plan(
         )
 
     mean_tokens = sum(lengths) / len(lengths)
-    micro_batch, memory = _choose_split(stage, predict, mean_tokens, free_memory_gb(device) * MEMORY_SHARE)
+    budget_gb = free_memory_gb(device) * MEMORY_SHARE
+    micro_batch, memory = _choose_split(stage, predict, mean_tokens, budget_gb, may_unpack=fast and precision == "nf4")
+    if memory.keep is Keep.HOST:
+        memory = small_pieces(estimate_tokens(lengths, micro_batch))
     plan = sft.Plan(
         num_steps=num_steps,
         batch_size=stage.batch_size,
@@ -193,6 +207,7 @@ def build_plan(
         save_steps=stage.save_steps,
         keep_checkpoints=stage.keep_checkpoints,
         memory=memory,
+        small=small_pieces(max(lengths)),
         seed=stage.seed,
     )
     return plan, predict(micro_batch, memory)
@@ -206,7 +221,12 @@ def estimate_tokens(lengths: Sequence[int], num_rows: int) -> int:
 
 
 def _choose_split(
-    stage: TrainStage, predict: Callable[[int, Memory], float], mean_tokens: float, budget_gb: float
+    stage: TrainStage,
+    predict: Callable[[int, Memory], float],
+    mean_tokens: float,
+    budget_gb: float,
+    *,
+    may_unpack: bool,
 ) -> tuple[int, Memory]:
     """Rows a forward, and what layers keep: the fastest that fits the memory and the recipe's word.
 
@@ -221,11 +241,15 @@ def _choose_split(
             f"Use one of {divisors}",
         )
     splits = [stage.micro_batch_size] if stage.micro_batch_size else divisors
-    choices = [(rows, memory) for rows in splits for memory in MEMORIES[stage.gradient_checkpointing]]
+    memories = MEMORIES[stage.gradient_checkpointing]
+    if may_unpack and FASTEST in memories:
+        memories = (UNPACKED, *memories)
+    choices = [(rows, memory) for rows in splits for memory in memories]
 
     def cost(choice: tuple[int, Memory]) -> float:
         rows, memory = choice
-        return RELATIVE_TIME[memory.keep] * (1 + OVERHEAD_TOKENS / (rows * mean_tokens))
+        overhead = OVERHEAD_TOKENS / 2 if memory.unpacked else OVERHEAD_TOKENS
+        return RELATIVE_TIME[memory.keep] * (1 + overhead / (rows * mean_tokens))
 
     fitting = [choice for choice in choices if predict(*choice) <= budget_gb]
     if fitting:
@@ -250,7 +274,7 @@ def fit_answers(wanted: int, shape: Shape, precision: str, row_tokens: int, devi
 
 
 def free_memory_gb(device: torch.device) -> float:
-    """Memory that this process may use, GiB: on a GPU what it holds and what is free, else what the machine has left."""
+    """Memory that this process may use, GiB: on a GPU what it holds and what is free, else what the machine has."""
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return (free_bytes + torch.cuda.memory_reserved(device)) / 2**30

@@ -1,4 +1,4 @@
-"""Starts ``interpreted_kernels.py``: the Triton kernels on a CPU, in a process that interprets them."""
+"""Starts the ``interpreted_*.py`` files of kernels: on a CPU, each in a process that interprets Triton."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pytest
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_kernels_through_the_interpreter() -> None:
+@pytest.mark.parametrize("name", ["interpreted_kernels.py", "interpreted_thin.py", "interpreted_flash.py"])
+def test_kernels_through_the_interpreter(name: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--no-header", str(Path(__file__).with_name("interpreted_kernels.py"))],
+        [sys.executable, "-m", "pytest", "-q", "--no-header", str(Path(__file__).with_name(name))],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

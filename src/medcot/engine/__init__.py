@@ -26,7 +26,7 @@ from medcot.engine import pointwise
 from medcot.engine.attention import SHAPE_STEP, build_layout
 from medcot.engine.devices import has_flash, has_fp8, has_triton, send
 from medcot.engine.forward import install, remove
-from medcot.engine.frozen import FP8_STEP, Fp8Linear, Fp8Weight, Matrix
+from medcot.engine.frozen import FP8_STEP, Fp8Linear, Fp8Weight, Matrix, Nf4Weight
 from medcot.engine.layers import FAMILIES, GROUPS, FastLayer, LayerPairs, Step, layer_reason, window_of
 from medcot.engine.lora import base_of, cast_adapters
 from medcot.engine.loss import token_loss
@@ -72,6 +72,7 @@ class Engine:
             for index, layer in enumerate(self.decoder.layers)
         ]
         self._host: HostStore | None = None
+        self._keeps_unpacked = False
         # Where the layers multiply in 8 bit, the head does so for the loss too; answers come from the head as it is.
         head = self.causal_lm.lm_head.weight
         in_fp8 = isinstance(self.layers[0].down.weight, Fp8Weight) and len(head) % FP8_STEP == 0
@@ -116,6 +117,7 @@ class Engine:
             keep=memory.keep,
             tile_tokens=memory.tile_tokens,
         )
+        self._set_unpacked(memory.unpacked)
         groups = [projection.adapters() for layer in self.layers for projection in layer.projections]
         cast = cast_adapters(groups, self.dtype, device)
         pairs = [LayerPairs(*cast[first : first + len(GROUPS)]) for first in range(0, len(cast), len(GROUPS))]
@@ -134,6 +136,23 @@ class Engine:
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the model has layers of its own, and no engine until it is accelerated."""
         return type(None), ()
+
+    def _set_unpacked(self, kept: bool) -> None:
+        """Have 4-bit weights stay unpacked once they are opened, or have what was unpacked forgotten."""
+        if kept == self._keeps_unpacked:
+            return
+        self._keeps_unpacked = kept
+        for layer in self.layers:
+            for projection in layer.projections:
+                if isinstance(projection.weight, Nf4Weight):
+                    projection.weight.keeps_unpacked = kept
+                    if not kept:
+                        projection.weight.forget_unpacked()
+
+    def give_back(self) -> None:
+        """Free what only training needs: unpacked weights, and the layers' inputs on the host."""
+        self._set_unpacked(False)
+        self._host = None
 
     def _host_store(self) -> HostStore:
         if self._host is None:

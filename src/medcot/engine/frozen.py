@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from medcot.engine.devices import has_triton
 
-
 FP8_STEP = 16  # cuBLAS multiplies in 8 bit where both sizes of a weight are multiples of this
 
 
@@ -96,13 +95,20 @@ class DenseWeight:
 
 
 class Nf4Weight:
-    """bitsandbytes 4-bit parameters, kept packed; opening unpacks the group into one fresh matrix."""
+    """bitsandbytes 4-bit parameters, kept packed; opening unpacks the group into one fresh matrix.
+
+    Attributes:
+        keeps_unpacked: keep that matrix from then on, for as long as this is set: where a card has room for the weights
+            in 16 bit too, unpacking them twice a step (3 % of it on an H200) can be spared. The numbers are the same.
+    """
 
     def __init__(self, parts: Sequence[nn.Linear], dtype: torch.dtype) -> None:
         self.out_features = [part.out_features for part in parts]
         self._parameters: list[Any] = [part.weight for part in parts]  # with the quant_state that bitsandbytes adds
         self._shape = (sum(self.out_features), parts[0].in_features)
         self._dtype = dtype
+        self.keeps_unpacked = False
+        self._unpacked: DenseMatrix | None = None
 
     def dense(self) -> Tensor:
         """Unpack every part into its rows of one matrix."""
@@ -113,7 +119,15 @@ class Nf4Weight:
 
     def open(self) -> Matrix:
         """The unpacked matrix."""
-        return DenseMatrix(self.dense())
+        if not self.keeps_unpacked:
+            return DenseMatrix(self.dense())
+        if self._unpacked is None:
+            self._unpacked = DenseMatrix(self.dense())
+        return self._unpacked
+
+    def forget_unpacked(self) -> None:
+        """Drop the matrix, and keep none from now on."""
+        self.keeps_unpacked, self._unpacked = False, None
 
 
 def _unpack(packed: Tensor, state: Any, rows_ND: Tensor) -> None:

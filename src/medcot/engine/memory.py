@@ -54,16 +54,26 @@ class Memory:
         keep: what the layers keep.
         tile_tokens: tokens that the MLP takes at a time where layers are computed again; ``None`` for all.
         chunk_tokens: tokens whose logits are in memory at a time; ``None`` for what is fast.
+        unpacked: keep 4-bit weights unpacked beside their packed form.
     """
 
     keep: Keep = Keep.ALL
     tile_tokens: int | None = None
     chunk_tokens: int | None = None
+    unpacked: bool = False
 
 
 FASTEST = Memory()
-# Pieces of a long row: gate and up of 1,024 tokens of Llama 8B take 0.06 GiB, the logits of 512 tokens 0.13.
-SMALLEST = Memory(Keep.HOST, tile_tokens=1024, chunk_tokens=512)
+SMALLEST = Memory(Keep.HOST, tile_tokens=256, chunk_tokens=256)
+
+
+def small_pieces(tokens: int) -> Memory:
+    """The smallest setting for a forward of so many tokens: pieces that add little to what its length takes anyway.
+
+    Of Llama 8B, 256 tokens' logits take 0.07 GiB, and as many tokens in the MLP 0.05; thinner products are slow ones,
+    so a row of tens of thousands is cut into some thirty pieces.
+    """
+    return Memory(Keep.HOST, tile_tokens=min(max(256, tokens // 32 // 128 * 128), 2048), chunk_tokens=256)
 
 
 class ModelShape(Protocol):
@@ -104,12 +114,17 @@ class ModelShape(Protocol):
 
 def weight_gb(shape: ModelShape, precision: str) -> float:
     """GiB of the frozen weights; embedding and head are never quantised."""
-    tables = min(2 * shape.vocab * shape.hidden, shape.num_params)
-    body = shape.num_params - tables
+    body = body_params(shape)
+    tables = shape.num_params - body
     table_bytes = 4.0 if precision == "fp32" else 2.0
     if precision == "fp8":
         table_bytes = 3.0  # the head is held in 8 bit too, twice, for the loss
     return (body * WEIGHT_BYTES.get(precision, 2.0) + tables * table_bytes) / GB
+
+
+def body_params(shape: ModelShape) -> int:
+    """All weights but the embedding's and the head's."""
+    return shape.num_params - min(2 * shape.vocab * shape.hidden, shape.num_params)
 
 
 def adapter_params(shape: ModelShape, rank: int) -> int:
@@ -196,6 +211,8 @@ def predict_peak_gb(
         activations = int(activations * PLAIN_PATH_FACTOR) + tokens * shape.vocab * 8
     adapter = adapter_params(shape, rank) * (ADAPTER_BYTES_CPU if on_cpu else ADAPTER_BYTES)
     total = (activations + max(working, loss) + adapter) / GB + weight_gb(shape, precision)
+    if memory.unpacked:
+        total += body_params(shape) * bytes_per_value / GB
     if fast and memory.keep is Keep.HOST and not on_cpu:
         total -= shape.vocab * shape.hidden * bytes_per_value / GB  # the input embedding waits on the host
     return total + (PROCESS_GB_CPU if on_cpu else 0.0)

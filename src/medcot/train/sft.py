@@ -381,6 +381,8 @@ def train(
             trainer.add_callback(_Reporter(counter, device, on_step))
             started_s = time.monotonic()
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    if engine is not None:
+        engine.give_back()
     seconds = time.monotonic() - started_s
     history = counter.history
     tokens, trained_tokens = ranks.add_up([counter.tokens, counter.trained_tokens])

@@ -60,6 +60,10 @@ class Budget:
     def _shrink(self, piece: dict[str, Any]) -> bool:
         """Learn from a piece that did not fit; false when there is nothing left to give up."""
         lengths = piece["lengths"]
+        if self.memory.unpacked:
+            self.memory = replace(self.memory, unpacked=False)
+            self.announce("out of memory: 4-bit weights are unpacked anew for each use")
+            return True
         if len(lengths) > 1:
             self.max_tokens = max(max(lengths), sum(lengths) // 2)
             self.announce(f"out of memory at {sum(lengths):,} tokens: forwards now take {self.max_tokens:,} at most")

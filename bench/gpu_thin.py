@@ -1,0 +1,262 @@
+"""LoRA's thin products on one GPU: the one-pass kernels of engine/thin.py against today's, over a grid of tiles.
+
+The shapes are those of a step of the tutorial's job on a Llama of 8B: 6,352 tokens, rank 16, bfloat16. Every call is
+recorded a few times over into a CUDA graph, on operands of its own each time where they are smaller than the cache, so
+that neither launches nor the cache's memory of the last call are in the figures. TB/s counts what a call cannot avoid:
+each wide operand once. For SwiGLU the last column is what the call saves against today's kernel and the library products
+it makes needless: the figure to choose by.
+
+    python bench/gpu_thin.py                      # all, under 40 s
+    python bench/gpu_thin.py --only thin --tokens 25600
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medcot.engine import launch, thin
+from medcot.engine.lora import Adapter, Pairs, Term, cast_adapters
+from medcot.engine.thin import Tiles
+from results import format_table
+
+CUDA = torch.device("cuda")
+KIND = torch.bfloat16
+HIDDEN, WIDE = 4096, 14336
+GROUPS = {"q, k, v": (4096, 1024, 1024), "o, down": (4096,), "gate, up": (WIDE, WIDE)}
+CACHE_BYTES = 120 * 2**20  # twice an H200's
+CALLS, REPLAYS = 8, 5
+THIN = [
+    Tiles(columns=128, stages=4, resident=2),
+    Tiles(columns=256, stages=3, resident=2),
+    Tiles(columns=256, stages=3, resident=2, warps=8),
+    Tiles(columns=256, stages=4, resident=1),
+    Tiles(columns=512, stages=3, resident=1),
+    Tiles(columns=512, stages=3, resident=1, warps=8),
+    Tiles(columns=512, stages=2, resident=1, warps=8),
+]
+SWIGLU = [
+    Tiles(columns=64, stages=2, resident=3),
+    Tiles(columns=64, stages=3, resident=3),
+    Tiles(columns=64, stages=4, resident=3),
+    Tiles(columns=128, stages=2, resident=2),
+    Tiles(columns=128, stages=3, resident=2),
+    Tiles(columns=128, stages=3, resident=1, warps=8),
+    Tiles(rows=128, columns=64, stages=3, resident=1, warps=8),
+]
+SWIGLU_GRAD = [
+    Tiles(columns=32, stages=3, resident=4),
+    Tiles(columns=64, stages=2, resident=2),
+    Tiles(columns=64, stages=3, resident=2),
+    Tiles(columns=64, stages=2, resident=1, warps=8),
+    Tiles(columns=128, stages=2, resident=1, warps=8),
+    Tiles(columns=128, stages=3, resident=1, warps=8),
+]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A call's time and the bytes it cannot avoid."""
+
+    microseconds: float
+    num_bytes: int
+
+    @property
+    def cells(self) -> list[str]:
+        """Microseconds and TB/s."""
+        return [f"{self.microseconds:.1f}", f"{self.num_bytes / self.microseconds / 1e6:.2f}"]
+
+
+def measure(call: Callable[[int], Any]) -> float:
+    """Microseconds a call takes on the GPU, the best of a few replays; it is told how often it was called before."""
+    for _ in range(2):
+        call(0)  # compiles, and lets cuBLAS choose
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(CALLS):
+            call(index)
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / CALLS)
+    return min(times)
+
+
+def copies(*shape: int) -> list[Tensor]:
+    """As many random tensors as it takes to be larger than the cache."""
+    one = torch.randn(*shape, device=CUDA, dtype=KIND)
+    return [one, *(one.clone() for _ in range(CACHE_BYTES // (one.numel() * one.element_size())))]
+
+
+def make_pairs(widths: Sequence[int], width_in: int, rank: int) -> Pairs:
+    """Adapters of a group, cast."""
+    group = [
+        Adapter(torch.randn(rank, width_in, device=CUDA) / 64, torch.randn(width, rank, device=CUDA) / 64, 1.0)
+        for width in widths
+    ]
+    (pairs,) = cast_adapters([group], KIND, CUDA)
+    assert pairs is not None
+    return pairs
+
+
+def name(tiles: Tiles, num_rows: int, num_blocks: int) -> str:
+    """The tiles in a few characters."""
+    ranges = tiles.cut(num_rows, num_blocks)[1]
+    return f"{tiles.rows}x{tiles.columns} warps {tiles.warps} stages {tiles.stages} ranges {ranges}"
+
+
+def attempt(call: Callable[[int], Any]) -> float | None:
+    """As ``measure``; ``None`` where the tiles do not fit the device."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        return measure(call)
+    except OutOfResources:
+        return None
+
+
+def thin_rows(group: str, num_rows: int, rank: int) -> list[list[str]]:
+    """du and dB of one group: the library's two products a part, and ours."""
+    widths = GROUPS[group]
+    pairs = make_pairs(widths, 64, rank)
+    dys, u = copies(num_rows, sum(widths)), torch.randn(num_rows, rank * len(widths), device=CUDA, dtype=KIND)
+    num_bytes = dys[0].numel() * dys[0].element_size()
+    B = pairs.stacked_Nr
+    assert B is not None
+
+    def plain(index: int) -> None:
+        dy = dys[index % len(dys)]
+        pairs.thin_gradient(dy)
+        for part, own in zip(dy.split(widths, -1), u.split(rank, -1), strict=True):
+            part.T @ own
+
+    before = measure(plain)
+    rows = [[group, "cuBLAS", *Figure(before, num_bytes).cells, ""]]
+    for tiles in (None, *THIN):
+        micro = attempt(lambda i, t=tiles: thin.thin_gradients(dys[i % len(dys)], u, B, widths, t))
+        blocks = sum(-(-width // tiles.columns) for width in widths) if tiles else 0
+        label = name(tiles, num_rows, blocks) if tiles else "as chosen"
+        rows.append(compared(group, label, micro, num_bytes, before))
+    return rows
+
+
+def compared(group: str, label: str, micro: float | None, num_bytes: int, before: float) -> list[str]:
+    """A row of a table: a time, its rate and what it saves."""
+    if micro is None:
+        return [group, label, "does not fit", "", ""]
+    return [group, label, *Figure(micro, num_bytes).cells, f"{before - micro:+.1f}"]
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """The operands of an MLP's small kernels, and the times of the library products that ours can make needless."""
+
+    gate_up: Tensor
+    dh: Tensor
+    u: Tensor
+    pairs: Pairs
+    down: Pairs
+    du_down: Tensor
+
+    @classmethod
+    def build(cls, num_rows: int, rank: int) -> Mlp:
+        """Random ones."""
+        gate_up, dh, u, du_down = (
+            torch.randn(num_rows, width, device=CUDA, dtype=KIND) for width in (2 * WIDE, WIDE, 2 * rank, rank)
+        )
+        pairs, down = make_pairs((WIDE, WIDE), 64, rank), make_pairs((HIDDEN,), WIDE, rank)
+        return cls(gate_up, dh, u, pairs, down, du_down)
+
+    @property
+    def term(self) -> Term | None:
+        """What gate and up lack."""
+        return self.pairs.term(self.u)
+
+    @property
+    def down_term(self) -> Term:
+        """What dh lacks."""
+        return Term(self.du_down, self.down.A_RD)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a (T, F) tensor."""
+        return self.dh.numel() * self.dh.element_size()
+
+    def library(self) -> dict[str, float]:
+        """Microseconds of the products that the kernels can take over."""
+        rank = self.du_down.shape[1]
+
+        def thin_pair(_: int) -> None:
+            self.pairs.thin_gradient(self.gate_up)
+            for part, own in zip(self.gate_up.split(WIDE, -1), self.u.split(rank, -1), strict=True):
+                part.T @ own
+
+        return {
+            "u": measure(lambda _: self.dh @ self.down.A_RD.T),
+            "du, dB": measure(thin_pair),
+            "dA": measure(lambda _: self.du_down.T @ self.dh),
+        }
+
+
+def swiglu_rows(mlp: Mlp, library: dict[str, float]) -> list[list[str]]:
+    """SwiGLU's forward, alone and with the down projection's u."""
+    num_bytes, num_rows = 3 * mlp.num_bytes, len(mlp.dh)
+    today = measure(lambda _: launch.swiglu(mlp.gate_up, mlp.term))
+    rows = [["SwiGLU", "today", *Figure(today, num_bytes).cells, ""]]
+    for A, what, spared in ((None, "SwiGLU", 0.0), (mlp.down.A_RD, "SwiGLU + u", library["u"])):
+        for tiles in (None, *SWIGLU):
+            micro = attempt(lambda _, A=A, t=tiles: thin.swiglu(mlp.gate_up, mlp.term, A, t))
+            label = name(tiles, num_rows, -(-WIDE // tiles.columns)) if tiles else "as chosen"
+            rows.append(compared(what, label, micro, num_bytes, today + spared))
+    return rows
+
+
+def swiglu_grad_rows(mlp: Mlp, library: dict[str, float]) -> list[list[str]]:
+    """SwiGLU's gradient, alone and with the thin products of what it makes."""
+    num_bytes, num_rows = 5 * mlp.num_bytes, len(mlp.dh)
+    operands = (mlp.dh, mlp.down_term, mlp.gate_up, mlp.term)
+    today = measure(lambda _: launch.swiglu_grad(*operands, wants_h=False))
+    rows = [["gradient", "today", *Figure(today, num_bytes).cells, ""]]
+    for wants, spared in (((), 0.0), (("dA",), library["dA"]), (("du", "dA"), library["dA"] + library["du, dB"])):
+        flags = {f"wants_{one}": True for one in wants}
+        for tiles in (None, *SWIGLU_GRAD):
+            micro = attempt(lambda _, f=flags, t=tiles: thin.swiglu_grad(*operands, wants_h=False, **f, tiles=t))
+            label = name(tiles, num_rows, -(-WIDE // tiles.columns)) if tiles else "as chosen"
+            rows.append(compared(" + ".join(("gradient", *wants)), label, micro, num_bytes, today + spared))
+    return rows
+
+
+def main() -> None:
+    """Measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=6352)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--only", choices=("thin", "swiglu", "gradient"), default=None)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    print(f"{torch.cuda.get_device_name()}, {args.tokens} tokens, rank {args.rank}, {KIND}")
+    header = ["what", "tiles", "µs", "TB/s", "saves, µs"]
+    if args.only in (None, "thin"):
+        rows = [row for group in GROUPS for row in thin_rows(group, args.tokens, args.rank)]
+        print(format_table(header, rows), flush=True)
+    if args.only == "thin":
+        return
+    mlp = Mlp.build(args.tokens, args.rank)
+    library = mlp.library()
+    print("the library's products: " + ", ".join(f"{what} {micro:.1f} µs" for what, micro in library.items()))
+    for kind, rows_of in (("swiglu", swiglu_rows), ("gradient", swiglu_grad_rows)):
+        if args.only in (None, kind):
+            print(format_table(header, rows_of(mlp, library)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

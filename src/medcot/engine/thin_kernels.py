@@ -1,0 +1,232 @@
+"""Triton kernels that read a wide activation once for all the thin products LoRA makes of it.
+
+A rank of 16 makes a product of (T, N) by (N, 16) as costly as reading its wide factor, and the backward pass wants two
+of each output's gradient: ``du = dy B`` and ``dB = dyᵀ u``. Two library calls read dy twice, at well under the memory's
+rate; SwiGLU's kernels have the same values in registers on their way out. Here one pass feeds every product:
+
+- A program owns a block of BN columns and walks down a range of rows in tiles of BT. What belongs to its columns (dB,
+  dA) is summed in registers to the end of the range. What belongs to the rows (du) is complete for the block's columns
+  alone and is written for each tile, as float32. A second kernel adds the blocks, and the ranges, in a fixed order: no
+  atomic additions, so that the same inputs give the same bits.
+- By count, the rows' partial sums cost ``2 r / BN`` of a 16-bit dy's bytes and the columns' ``2 r / (rows of a
+  range)``: at rank 16, 512 columns and seven ranges of 960 rows, 6 % and 3 %. That is why programs own columns and walk
+  down rows, and why the blocks are wide.
+- In SwiGLU the same order of work keeps the factors of the low-rank terms in place. One program a tile reads BN·r of
+  every factor again: for the gradient in tiles of 16 × 128 at rank 16 as many bytes from the cache as of the operands
+  themselves.
+
+Tiles have 64 rows, the least with which Hopper's matrix instructions read an operand from shared memory, so a tile
+serves ``dy B`` and ``dyᵀ u`` from where the asynchronous copy left it. The plain twins are ``Pairs.thin_gradient``,
+``Pairs.gradients`` and ``pointwise.py``; ``thin.py`` calls these.
+
+Axes are those of ``kernels.py``.
+"""
+# Triton's language is not typed Python: pointers, constexpr and tensor operators mean nothing to a type checker.
+# mypy: ignore-errors
+# A kernel's parameters are pointers and sizes named as in its launcher, which documents them.
+# ruff: noqa: D103
+
+import triton
+import triton.language as tl
+
+# The number of tokens differs from batch to batch; specialising on it would compile a kernel again in mid-training.
+_PER_BATCH = ["T", "rows_of_range"]
+
+
+@triton.jit
+def _rows_at(x, start, stride):
+    """Where row ``start`` begins: in 64 bits, which a long batch needs. The offsets inside a tile fit 32."""
+    return x + (tl.zeros((), tl.int64) + start) * stride
+
+
+@triton.jit
+def _load_rows(x, start, T, stride, columns, column_mask, BT: tl.constexpr):
+    """Tile (BT, columns) of x (T, stride) from row ``start``; beyond the last row, zero."""
+    t = tl.arange(0, BT)
+    mask = (start + t < T)[:, None] & column_mask[None, :]
+    return tl.load(_rows_at(x, start, stride) + (t[:, None] * stride + columns[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_rows(x, value, start, T, stride, columns, column_mask, BT: tl.constexpr):
+    t = tl.arange(0, BT)
+    mask = (start + t < T)[:, None] & column_mask[None, :]
+    place = _rows_at(x, start, stride) + (t[:, None] * stride + columns[None, :])
+    tl.store(place, value.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_factor(b, columns, column_mask, rank, RP: tl.constexpr):
+    """Rows ``columns`` of b (N, r), padded to (BN, RP) with zeros."""
+    k = tl.arange(0, RP)
+    return tl.load(b + columns[:, None] * rank + k[None, :], mask=column_mask[:, None] & (k < rank)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_factor(parts, value, index, N, columns, column_mask, rank, RP: tl.constexpr):
+    """Write rows ``columns`` of the (N, r) matrix ``parts[index]``."""
+    k = tl.arange(0, RP)
+    place = parts + index.to(tl.int64) * N * rank + columns[:, None] * rank + k[None, :]
+    tl.store(place, value, mask=column_mask[:, None] & (k < rank)[None, :])
+
+
+@triton.jit
+def _store_thin(parts, value, block, start, T, rank, RP: tl.constexpr, BT: tl.constexpr):
+    """Write a tile's rows of the (T, r) matrix ``parts[block]``."""
+    k = tl.arange(0, RP)
+    _store_rows(parts + block.to(tl.int64) * T * rank, value, start, T, rank, k, k < rank, BT)
+
+
+@triton.jit(do_not_specialize=_PER_BATCH)
+def thin_gradients_kernel(
+    dy, u, b, du_parts, db_parts, T, rows_of_range, N, width0, width1, rank, R,
+    RP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # The blocks of a group's parts are numbered through; a block lies in one part, whose own u and B it meets.
+    block, row_range = tl.program_id(0), tl.program_id(1)
+    blocks0, blocks1 = tl.cdiv(width0, BN), tl.cdiv(width1, BN)
+    beyond0 = (block >= blocks0).to(tl.int32)
+    beyond1 = (block >= blocks0 + blocks1).to(tl.int32)
+    first = beyond0 * width0 + beyond1 * width1
+    last = width0 + beyond0 * width1 + beyond1 * (N - width0 - width1)
+    columns = first + (block - beyond0 * blocks0 - beyond1 * blocks1) * BN + tl.arange(0, BN)
+    column_mask = columns < last
+    own_rank = (beyond0 + beyond1) * rank
+    k = tl.arange(0, RP)
+    b_tile = _load_factor(b, columns, column_mask, rank, RP)
+    db = tl.zeros((BN, RP), tl.float32)
+    begin = row_range * rows_of_range
+    for start in tl.range(begin, tl.minimum(begin + rows_of_range, T), BT, num_stages=STAGES):
+        dy_tile = _load_rows(dy, start, T, N, columns, column_mask, BT)
+        u_tile = _load_rows(u, start, T, R, own_rank + k, k < rank, BT)
+        du = tl.dot(dy_tile, b_tile, input_precision="ieee")
+        db = tl.dot(tl.trans(dy_tile), u_tile, db, input_precision="ieee")
+        _store_thin(du_parts, du, block, start, T, rank, RP, BT)
+    _store_factor(db_parts, db, row_range, N, columns, column_mask, rank, RP)
+
+
+@triton.jit
+def _sum_parts(parts, first, last, size, place, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of ``parts[first:last]`` at ``place``, each part ``size`` long; in one order, ``AT_ONCE`` loads in flight."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(first, last, AT_ONCE):
+        index = start + tl.arange(0, AT_ONCE)
+        mask = (index < last)[:, None] & (place < size)[None, :]
+        total += tl.sum(tl.load(parts + index.to(tl.int64)[:, None] * size + place[None, :], mask=mask, other=0.0), 0)
+    return total
+
+
+@triton.jit(do_not_specialize=["T", "num_ranges"])
+def thin_sum_kernel(
+    du_parts, db_parts, du, db, T, num_ranges, size_db, rank, R, blocks0, blocks1, num_blocks,
+    AT_ONCE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # The first programs add blocks of columns, of one part each; the others add ranges of rows.
+    size_du = T * rank
+    programs_du = tl.cdiv(size_du, BLOCK)
+    index = tl.program_id(0)
+    if index < R // rank * programs_du:
+        part = index // programs_du
+        first = (part > 0).to(tl.int32) * blocks0 + (part > 1).to(tl.int32) * blocks1
+        last = blocks0 + (part > 0).to(tl.int32) * blocks1 + (part > 1).to(tl.int32) * (num_blocks - blocks0 - blocks1)
+        place = (index - part * programs_du) * BLOCK + tl.arange(0, BLOCK)
+        total = _sum_parts(du_parts, first, last, size_du, place, AT_ONCE, BLOCK)
+        out = du + (place // rank).to(tl.int64) * R + part * rank + place % rank
+        tl.store(out, total.to(du.dtype.element_ty), mask=place < size_du)
+    else:
+        place = (index - R // rank * programs_du) * BLOCK + tl.arange(0, BLOCK)
+        total = _sum_parts(db_parts, 0, num_ranges, size_db, place, AT_ONCE, BLOCK)
+        tl.store(db + place, total.to(db.dtype.element_ty), mask=place < size_db)
+
+
+@triton.jit(do_not_specialize=_PER_BATCH)
+def swiglu_down_kernel(
+    gate_up, u, b, a_down, out, u_parts, T, rows_of_range, F, rank, rank_down,
+    HAS_LOW: tl.constexpr, HAS_DOWN: tl.constexpr, RP: tl.constexpr, RP_DOWN: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    block, row_range = tl.program_id(0), tl.program_id(1)
+    columns = block * BN + tl.arange(0, BN)
+    column_mask = columns < F
+    k, j = tl.arange(0, RP), tl.arange(0, RP_DOWN)
+    if HAS_LOW:
+        b_gate = tl.trans(_load_factor(b, columns, column_mask, rank, RP))
+        b_up = tl.trans(_load_factor(b + F * rank, columns, column_mask, rank, RP))
+    if HAS_DOWN:
+        a_mask = (j < rank_down)[:, None] & column_mask[None, :]
+        a_tile = tl.trans(tl.load(a_down + j[:, None] * F + columns[None, :], mask=a_mask, other=0.0))
+    begin = row_range * rows_of_range
+    for start in tl.range(begin, tl.minimum(begin + rows_of_range, T), BT, num_stages=STAGES):
+        gate = _load_rows(gate_up, start, T, 2 * F, columns, column_mask, BT).to(tl.float32)
+        up = _load_rows(gate_up + F, start, T, 2 * F, columns, column_mask, BT).to(tl.float32)
+        if HAS_LOW:
+            u_gate = _load_rows(u, start, T, 2 * rank, k, k < rank, BT)
+            u_up = _load_rows(u + rank, start, T, 2 * rank, k, k < rank, BT)
+            gate = tl.dot(u_gate, b_gate, gate, input_precision="ieee")
+            up = tl.dot(u_up, b_up, up, input_precision="ieee")
+        h = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
+        _store_rows(out, h, start, T, F, columns, column_mask, BT)
+        if HAS_DOWN:
+            u_tile = tl.dot(h, a_tile, input_precision="ieee")
+            _store_thin(u_parts, u_tile, block, start, T, rank_down, RP_DOWN, BT)
+
+
+@triton.jit(do_not_specialize=_PER_BATCH)
+def swiglu_thin_grad_kernel(
+    dh, du_down, a_down, gate_up, u, b, out, out_h, du_parts, db_parts, da_parts, T, rows_of_range, F, rank, rank_down,
+    HAS_DOWN: tl.constexpr, HAS_LOW: tl.constexpr, WANTS_H: tl.constexpr, WANTS_DU: tl.constexpr,
+    WANTS_DA: tl.constexpr,
+    RP: tl.constexpr, RP_DOWN: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # WANTS_DU: du and dB of gate and up; WANTS_DA: of the down projection, dA. All of them are products of the values
+    # made here, in their 16-bit roundings, as if these were read again.
+    block, row_range = tl.program_id(0), tl.program_id(1)
+    columns = block * BN + tl.arange(0, BN)
+    column_mask = columns < F
+    k, j = tl.arange(0, RP), tl.arange(0, RP_DOWN)
+    kind = out.dtype.element_ty
+    if HAS_LOW:
+        b_gate = _load_factor(b, columns, column_mask, rank, RP)
+        b_up = _load_factor(b + F * rank, columns, column_mask, rank, RP)
+    if HAS_DOWN:
+        a_mask = (j < rank_down)[:, None] & column_mask[None, :]
+        a_tile = tl.load(a_down + j[:, None] * F + columns[None, :], mask=a_mask, other=0.0)
+    db_gate = tl.zeros((BN, RP), tl.float32)
+    db_up = tl.zeros((BN, RP), tl.float32)
+    da = tl.zeros((BN, RP_DOWN), tl.float32)
+    begin = row_range * rows_of_range
+    for start in tl.range(begin, tl.minimum(begin + rows_of_range, T), BT, num_stages=STAGES):
+        gate = _load_rows(gate_up, start, T, 2 * F, columns, column_mask, BT).to(tl.float32)
+        up = _load_rows(gate_up + F, start, T, 2 * F, columns, column_mask, BT).to(tl.float32)
+        gradient = _load_rows(dh, start, T, F, columns, column_mask, BT).to(tl.float32)
+        if HAS_LOW:
+            u_gate = _load_rows(u, start, T, 2 * rank, k, k < rank, BT)
+            u_up = _load_rows(u + rank, start, T, 2 * rank, k, k < rank, BT)
+            gate = tl.dot(u_gate, tl.trans(b_gate), gate, input_precision="ieee")
+            up = tl.dot(u_up, tl.trans(b_up), up, input_precision="ieee")
+        if HAS_DOWN:
+            d_tile = _load_rows(du_down, start, T, rank_down, j, j < rank_down, BT)
+            gradient = tl.dot(d_tile, a_tile, gradient, input_precision="ieee")
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        d_gate = (gradient * up * sigmoid * (1 + gate * (1 - sigmoid))).to(kind)
+        d_up = (gradient * silu).to(kind)
+        h = (silu * up).to(kind)
+        _store_rows(out, d_gate, start, T, 2 * F, columns, column_mask, BT)
+        _store_rows(out + F, d_up, start, T, 2 * F, columns, column_mask, BT)
+        if WANTS_H:
+            _store_rows(out_h, h, start, T, F, columns, column_mask, BT)
+        if WANTS_DU:
+            du_gate = tl.dot(d_gate, b_gate, input_precision="ieee")
+            du_up = tl.dot(d_up, b_up, input_precision="ieee")
+            _store_thin(du_parts, du_gate, block, start, T, rank, RP, BT)
+            _store_thin(du_parts, du_up, tl.num_programs(0) + block, start, T, rank, RP, BT)
+            db_gate = tl.dot(tl.trans(d_gate), u_gate, db_gate, input_precision="ieee")
+            db_up = tl.dot(tl.trans(d_up), u_up, db_up, input_precision="ieee")
+        if WANTS_DA:
+            da = tl.dot(tl.trans(h), d_tile, da, input_precision="ieee")
+    if WANTS_DU:
+        _store_factor(db_parts, db_gate, row_range, 2 * F, columns, column_mask, rank, RP)
+        _store_factor(db_parts + F * rank, db_up, row_range, 2 * F, columns, column_mask, rank, RP)
+    if WANTS_DA:
+        _store_factor(da_parts, da, row_range, F, columns, column_mask, rank_down, RP_DOWN)

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
 SMOOTHED_STEPS = 5
 # Okabe and Ito's palette, told apart by the colour-blind too.
-COLOURS = {"bf16": "#0072b2", "nf4": "#009e73", "fp8": "#d55e00", "nf4 / bf16": "#999999"}
+COLOURS = {"bf16": "#0072b2", "nf4": "#009e73", "fp8": "#d55e00", "fp32": "#333333"}
+COLOURS |= {"bf16 / fp32": "#56b4e9", "plain / fp32": "#cc79a7", "nf4 / bf16": "#999999"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ PAIRS = {
     "bf16": Pair(("bf16", True), ("bf16", False), 0.01),
     "nf4": Pair(("nf4", True), ("nf4", False), 0.01),
     "fp8": Pair(("fp8", True), ("bf16", False), 0.02),
+    # Which of the two stays closer to the same weights in float32, where no small contribution is rounded away.
+    "bf16 / fp32": Pair(("bf16", True), ("fp32", False), 0.01),
+    "plain / fp32": Pair(("bf16", False), ("fp32", False), 0.01),
     "nf4 / bf16": Pair(("nf4", False), ("bf16", False), None),
 }
 
@@ -214,7 +218,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", help="file of rows with question, reasoning and response")
     parser.add_argument("--model", help="folder of the model (default: the embedded one, unpacked in bf16)")
-    parser.add_argument("--pairs", default="bf16,nf4,fp8", help="with commas: bf16, nf4, fp8")
+    parser.add_argument("--pairs", default="bf16,nf4,fp8,bf16 / fp32", help=f"with commas: {', '.join(PAIRS)}")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("curves"), help="written as OUT.png and OUT.json")

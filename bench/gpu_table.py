@@ -85,9 +85,9 @@ GOALS = (
          unit="tokens"),
     Goal("job", "whole tutorial job, start to merged weights saved", 80, (Entry("job", "Unsloth", 255),), "53",
          unit="s", lower_is_better=True),
-    Goal("answers-64", "answering, 64 prompts × 256 tokens, bf16", 6_000,
-         (Entry("answers-64", "transformers", 945, "generate"),), "12000"),
-    Goal("answers-1", "answering, 1 prompt, NF4 + LoRA", 200, (Entry("answers-1", "Unsloth", 29),), "700"),
+    Goal("answers-bf16", "answering, 64 prompts × 256 tokens, bf16", 6_000,
+         (Entry("answers-bf16", "transformers", 945, "generate"),), "12000"),
+    Goal("answer-nf4", "answering, 1 prompt, NF4 + LoRA", 200, (Entry("answer-nf4", "Unsloth", 29),), "700"),
 )  # fmt: skip
 
 
@@ -112,7 +112,9 @@ def read_lines(lines: Iterable[str]) -> Found:
                 found.peers.setdefault("context", []).append(Entry("context", "Unsloth", float(match[1])))
         elif match := _RATE.match(line):
             way = "generate" if match[1] == "HFGEN" else "generate_batch"
-            found.peers.setdefault("answers-64", []).append(Entry("answers-64", "transformers", float(match[2]), way))
+            found.peers.setdefault("answers-bf16", []).append(
+                Entry("answers-bf16", "transformers", float(match[2]), way)
+            )
     for run in runs.values():
         for entry in _peer_entries(run):
             found.peers.setdefault(entry.group, []).append(entry)
@@ -150,7 +152,7 @@ def _take_tutorial(parts: dict[str, Any], found: Found) -> None:
     found.peers.setdefault("job", []).append(
         Entry("job", "Unsloth", round(parts["whole"] + more_s, 1), "; ".join(notes))
     )
-    found.peers.setdefault("answers-1", []).append(Entry("answers-1", "Unsloth", max(rates.values())))
+    found.peers.setdefault("answer-nf4", []).append(Entry("answer-nf4", "Unsloth", max(rates.values())))
 
 
 def _peer_entries(run: dict[str, Any]) -> list[Entry]:

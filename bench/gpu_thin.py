@@ -3,8 +3,8 @@
 The shapes are those of a step of the tutorial's job on a Llama of 8B: 6,352 tokens, rank 16, bfloat16. Every call is
 recorded a few times over into a CUDA graph, on operands of its own each time where they are smaller than the cache, so
 that neither launches nor the cache's memory of the last call are in the figures. TB/s counts what a call cannot avoid:
-each wide operand once. For SwiGLU the last column is what the call saves against today's kernel and the library products
-it makes needless: the figure to choose by.
+each wide operand once. The last column is what a call saves against the library's products, or today's kernel, that it
+makes needless: the figure to choose by.
 
     python bench/gpu_thin.py                      # all, under 40 s
     python bench/gpu_thin.py --only thin --tokens 25600
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ def attempt(call: Callable[[int], Any]) -> float | None:
 
 
 def thin_rows(group: str, num_rows: int, rank: int) -> list[list[str]]:
-    """du and dB of one group: the library's two products a part, and ours."""
+    """The thin gradients of one group, du and dB: the library's two products a part, and ours."""
     widths = GROUPS[group]
     pairs = make_pairs(widths, 64, rank)
     dys, u = copies(num_rows, sum(widths)), torch.randn(num_rows, rank * len(widths), device=CUDA, dtype=KIND)
@@ -141,8 +142,12 @@ def thin_rows(group: str, num_rows: int, rank: int) -> list[list[str]]:
 
     before = measure(plain)
     rows = [[group, "cuBLAS", *Figure(before, num_bytes).cells, ""]]
+
+    def ours(tiles: Tiles | None, index: int) -> None:
+        thin.thin_gradients(dys[index % len(dys)], u, B, widths, tiles)
+
     for tiles in (None, *THIN):
-        micro = attempt(lambda i, t=tiles: thin.thin_gradients(dys[i % len(dys)], u, B, widths, t))
+        micro = attempt(partial(ours, tiles))
         blocks = sum(-(-width // tiles.columns) for width in widths) if tiles else 0
         label = name(tiles, num_rows, blocks) if tiles else "as chosen"
         rows.append(compared(group, label, micro, num_bytes, before))
@@ -212,9 +217,13 @@ def swiglu_rows(mlp: Mlp, library: dict[str, float]) -> list[list[str]]:
     num_bytes, num_rows = 3 * mlp.num_bytes, len(mlp.dh)
     today = measure(lambda _: launch.swiglu(mlp.gate_up, mlp.term))
     rows = [["SwiGLU", "today", *Figure(today, num_bytes).cells, ""]]
+
+    def ours(A: Tensor | None, tiles: Tiles | None, _: int) -> None:
+        thin.swiglu(mlp.gate_up, mlp.term, A, tiles)
+
     for A, what, spared in ((None, "SwiGLU", 0.0), (mlp.down.A_RD, "SwiGLU + u", library["u"])):
         for tiles in (None, *SWIGLU):
-            micro = attempt(lambda _, A=A, t=tiles: thin.swiglu(mlp.gate_up, mlp.term, A, t))
+            micro = attempt(partial(ours, A, tiles))
             label = name(tiles, num_rows, -(-WIDE // tiles.columns)) if tiles else "as chosen"
             rows.append(compared(what, label, micro, num_bytes, today + spared))
     return rows
@@ -226,10 +235,13 @@ def swiglu_grad_rows(mlp: Mlp, library: dict[str, float]) -> list[list[str]]:
     operands = (mlp.dh, mlp.down_term, mlp.gate_up, mlp.term)
     today = measure(lambda _: launch.swiglu_grad(*operands, wants_h=False))
     rows = [["gradient", "today", *Figure(today, num_bytes).cells, ""]]
+
+    def ours(wants: tuple[str, ...], tiles: Tiles | None, _: int) -> None:
+        thin.swiglu_grad(*operands, wants_h=False, wants_du="du" in wants, wants_dA="dA" in wants, tiles=tiles)
+
     for wants, spared in (((), 0.0), (("dA",), library["dA"]), (("du", "dA"), library["dA"] + library["du, dB"])):
-        flags = {f"wants_{one}": True for one in wants}
         for tiles in (None, *SWIGLU_GRAD):
-            micro = attempt(lambda _, f=flags, t=tiles: thin.swiglu_grad(*operands, wants_h=False, **f, tiles=t))
+            micro = attempt(partial(ours, wants, tiles))
             label = name(tiles, num_rows, -(-WIDE // tiles.columns)) if tiles else "as chosen"
             rows.append(compared(" + ".join(("gradient", *wants)), label, micro, num_bytes, today + spared))
     return rows

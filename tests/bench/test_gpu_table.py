@@ -113,8 +113,8 @@ def test_the_tutorials_script_is_reckoned_for_the_full_question(table):
     row = cells(table, [*lines, ours("job", 64.0)], "job")
     assert row["peers"] == "Unsloth 272.0 s (400 tokens a question, reckoned for 1,200)"  # 200 + 800/25 + 800/20
     assert row["ratio"] == "4.25×" and row["met"] == "yes"
-    assert cells(table, lines, "answers-1")["peers"] == "Unsloth 25"
-    assert cells(table, lines, "answers-64")["peers"] == "transformers 945 (generate)"
+    assert cells(table, lines, "answer-nf4")["peers"] == "Unsloth 25"
+    assert cells(table, lines, "answers-bf16")["peers"] == "transformers 945 (generate)"
 
 
 def test_ceilings_come_from_the_same_run(table):

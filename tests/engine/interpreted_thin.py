@@ -85,7 +85,7 @@ def test_no_rows(thin: Any) -> None:
 
 
 @pytest.mark.parametrize(("rank", "rank_down"), [(None, None), (None, 16), (4, None), (20, 4), (16, 16), (64, 20)])
-@pytest.mark.parametrize("num_rows", ROWS)
+@pytest.mark.parametrize("num_rows", ROWS[1:])
 def test_swiglu_and_the_down_projections_u(thin: Any, num_rows: int, rank: int | None, rank_down: int | None) -> None:
     width = 70
     gate_up = randn(num_rows, 2 * width)
@@ -100,7 +100,7 @@ def test_swiglu_and_the_down_projections_u(thin: Any, num_rows: int, rank: int |
 
 @pytest.mark.parametrize("wants_h", [False, True])
 @pytest.mark.parametrize(("rank", "rank_down"), [(None, None), (None, 16), (4, None), (20, 4), (16, 16), (64, 20)])
-@pytest.mark.parametrize("num_rows", ROWS)
+@pytest.mark.parametrize("num_rows", ROWS[1:])
 def test_swiglu_gradient_and_its_thin_products(
     thin: Any, num_rows: int, rank: int | None, rank_down: int | None, wants_h: bool
 ) -> None:

@@ -1,4 +1,4 @@
-"""The memory prediction against counted weights, the bytes that the layers really keep, and peaks that were measured."""
+"""The memory prediction against counted weights, bytes that the layers really keep, and peaks that were measured."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,7 +137,7 @@ class Problem:
 def compute_attention(problem: Problem, tiling: Tiling) -> tuple[Tensor, Tensor]:
     """The output (T, H, C), and of each query the logarithm (base 2) of its sum of exponentials, float32 (G, M)."""
     out_THC, lse_GM = problem.empty(problem.num_heads), problem.empty_packed()
-    _launch("attend_kernel", problem, tiling, _query_tiles(problem, tiling), out_THC, lse_GM)
+    _launch("attend_kernel", problem, tiling, _query_tiles(problem, tiling), None, out_THC, lse_GM)
     return out_THC, lse_GM
 
 
@@ -147,7 +147,7 @@ def compute_query_grad(
     """The gradient of q (T, H, C), and each query's sum of ``d_out · out``, float32 (G, M); both must be contiguous."""
     dq_THC, delta_GM = problem.empty(problem.num_heads), problem.empty_packed()
     tiles = _query_tiles(problem, tiling)
-    _launch("query_grad_kernel", problem, tiling, tiles, out_THC, d_out_THC, lse_GM, delta_GM, dq_THC)
+    _launch("query_grad_kernel", problem, tiling, tiles, d_out_THC, out_THC, lse_GM, delta_GM, dq_THC)
     return dq_THC, delta_GM
 
 
@@ -191,16 +191,33 @@ def build_tiles(lengths: tuple[int, ...], step: int, longest: Longest, device: t
     return send(tiles_I3.to(torch.int32), device)
 
 
-def _launch(kernel: str, problem: Problem, tiling: Tiling, tiles_I3: Tensor, *buffers: Tensor) -> None:
+def _boxes(problem: Problem) -> bool:
+    """Whether the tensor memory accelerator can fetch a tile: its boxes measure powers of two."""
+    group = problem.num_heads // problem.num_kv
+    return not any(size & (size - 1) for size in (group, problem.channels))
+
+
+def _launch(
+    kernel: str, problem: Problem, tiling: Tiling, tiles_I3: Tensor, d_out_THC: Tensor | None, *buffers: Tensor
+) -> None:
     """Start a kernel; the buffers are its own, in its order."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     from medcot.engine import flash_kernels
 
     if not len(tiles_I3):
         return
-    window = problem.window or 0
+    group, channels, window = problem.num_heads // problem.num_kv, problem.channels, problem.window or 0
+    boxes = _boxes(problem)
+    heads_TNC: Any = problem.heads_TNC
+    sources = [heads_TNC, heads_TNC] if d_out_THC is None else [heads_TNC, heads_TNC, d_out_THC]
+    if boxes:
+        of_queries, of_keys = [tiling.rows // group, group, channels], [tiling.keys, 1, channels]
+        shapes = [of_queries, of_keys, of_queries]
+        sources = [TensorDescriptor.from_tensor(*pair) for pair in zip(sources, shapes, strict=False)]
     getattr(flash_kernels, kernel)[(len(tiles_I3) * problem.num_kv,)](
-        problem.heads_TNC, tiles_I3, *buffers, len(problem.heads_TNC), window,
-        H=problem.num_heads, G=problem.num_kv, C=problem.channels, CP=1 << (problem.channels - 1).bit_length(),
-        SCALE=problem.channels**-0.5, BM=tiling.rows, BN=tiling.keys, SPLIT=tiling.split,
+        *sources, tiles_I3, *buffers, len(heads_TNC), window,
+        H=problem.num_heads, G=problem.num_kv, C=channels, CP=1 << (channels - 1).bit_length(),
+        SCALE=channels**-0.5, BM=tiling.rows, BN=tiling.keys, BOXES=boxes, SPLIT=tiling.split,
         WINDOWED=0 < window < max(problem.lengths), num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip

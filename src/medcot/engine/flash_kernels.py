@@ -23,7 +23,11 @@ With ``S = s·QKᵀ``, ``L`` the log-sum-exp of its rows, ``P = exp(S - L)``, ``
 Softmax runs online (Milakov & Gimelshein 2018, arXiv:1805.02867) in powers of two, so L is kept as log₂ of the sum.
 Scores and sums are float32; P and dS are rounded to the inputs' type for their products, as in FlashAttention.
 
-Keys past a row's end are read as zeros, never as the next row's: 0 · NaN would carry a neighbour's NaN across.
+Tiles are fetched by Hopper's tensor memory accelerator where a token's J heads fill a power of two: it takes the
+strided (tokens, J, C) box as it lies in the fused buffer, and costs no registers for addresses. Otherwise, and for
+heads of 96 channels, by pointers. What lies past a row's end is the next row's; it is set to zero where it would meet a
+sum over tokens, because 0 · NaN would carry a neighbour's NaN across. Tiles that can reach past the end, and tiles that
+the causal mask cuts, have loops of their own.
 
 Axes: T tokens of all rows; N = H + 2G heads of the fused buffer; H query heads; G key/value heads; J = H/G; C channels,
 CP the same padded to a power of two; M = T·J rows of packed queries, the J heads of a token side by side.
@@ -46,7 +50,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _load_rows(base, offsets, row_mask, C: tl.constexpr, CP: tl.constexpr, MASKED: tl.constexpr):
-    """A (rows, CP) tile; rows that the mask hides and channels from C on are zero."""
+    """A (rows, CP) tile by pointers; rows that the mask hides and channels from C on are zero."""
     channel = tl.arange(0, CP)
     place = base + offsets[:, None] + channel[None, :]
     if C < CP:
@@ -55,6 +59,40 @@ def _load_rows(base, offsets, row_mask, C: tl.constexpr, CP: tl.constexpr, MASKE
         tile = tl.load(place, mask=row_mask[:, None], other=0.0)
     else:
         tile = tl.load(place)
+    return tile
+
+
+@triton.jit
+def _load_keys(
+    source, token, row_mask, head: tl.constexpr, g,
+    N: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr, BOXES: tl.constexpr, CLEAN: tl.constexpr,
+):  # fmt: skip
+    """BN tokens of head ``head + g``, from a batch's token on; ``CLEAN``: those past the row's end as zeros."""
+    if BOXES:
+        tile = source.load([token.to(tl.int32), head + g, 0]).reshape(BN, CP)
+        if CLEAN:
+            tile = tl.where(row_mask[:, None], tile, tl.zeros_like(tile))
+    else:
+        base = source + (token.to(tl.int64) * N + head + g) * C
+        tile = _load_rows(base, tl.arange(0, BN) * (N * C), row_mask, C, CP, CLEAN)
+    return tile
+
+
+@triton.jit
+def _load_queries(
+    source, token, row_mask, g,
+    J: tl.constexpr, N: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BM: tl.constexpr, BOXES: tl.constexpr,
+    CLEAN: tl.constexpr,
+):  # fmt: skip
+    """The J heads of BM / J tokens, from a batch's token on, out of N heads; ``CLEAN`` as in ``_load_keys``."""
+    if BOXES:
+        tile = source.load([token.to(tl.int32), g * J, 0]).reshape(BM, CP)
+        if CLEAN:
+            tile = tl.where(row_mask[:, None], tile, tl.zeros_like(tile))
+    else:
+        m = tl.arange(0, BM)
+        base = source + (token.to(tl.int64) * N + g * J) * C
+        tile = _load_rows(base, (m // J) * (N * C) + (m % J) * C, row_mask, C, CP, CLEAN or BM % J != 0)
     return tile
 
 
@@ -86,21 +124,28 @@ def _open_tile(tiles, G: tl.constexpr):
 
 
 @triton.jit
-def _key_range(first, length, window, TOKENS: tl.constexpr, BN: tl.constexpr, WINDOWED: tl.constexpr):
-    """The keys that a tile of queries looks at, cut in three: ``low .. full`` masked, ``.. diagonal`` not, ``.. high``.
+def _key_range(
+    first, length, window, TOKENS: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, WINDOWED: tl.constexpr
+):
+    """The keys that a tile of queries looks at, cut in three: ``low .. plain .. whole .. high``.
 
-    The first three are multiples of BN.
+    The first and the last part are masked, the middle one needs none; keys before ``whole`` lie within the row. All but ``high`` are multiples of BN.
+    Where the loops are not split, there is nothing between.
     """
     high = tl.minimum(first + TOKENS, length)
-    diagonal = (first + 1) // BN * BN  # the first query sees every key before this
     low = first * 0
-    full = low
     if WINDOWED:
         low = tl.maximum(first - window + 1, 0) // BN * BN
-        full = (tl.maximum(high - window, 0) + BN - 1) // BN * BN
-        full = tl.minimum(full, tl.maximum(diagonal, low))
-        diagonal = tl.maximum(diagonal, full)
-    return low, full, diagonal, high
+    if SPLIT:
+        plain = low
+        whole = tl.maximum((first + 1) // BN * BN, low)  # the first query sees every key before this
+        if WINDOWED:
+            plain = tl.minimum((tl.maximum(high - window, 0) + BN - 1) // BN * BN, whole)
+            plain = tl.maximum(plain, low)
+    else:
+        whole = tl.minimum(length // BN, (high + BN - 1) // BN) * BN
+        plain = whole
+    return low, plain, whole, high
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -108,66 +153,60 @@ def _key_range(first, length, window, TOKENS: tl.constexpr, BN: tl.constexpr, WI
 
 @triton.jit
 def _attend_keys(
-    acc, high, total, q, k_base, v_base, token, length, window, begin, end,
-    N: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr, SCALE: tl.constexpr,
-    MASKED: tl.constexpr, WINDOWED: tl.constexpr,
+    acc, high, total, q, source, token, row_start, length, window, g, begin, end,
+    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, SCALE2: tl.constexpr, BN: tl.constexpr,
+    BOXES: tl.constexpr, MASKED: tl.constexpr, CLEAN: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     n = tl.arange(0, BN)
-    offsets = n * (N * C)
-    k_base += begin.to(tl.int64) * (N * C)
-    v_base += begin.to(tl.int64) * (N * C)
     for start in range(begin, end, BN):
         key = start + n
-        k = _load_rows(k_base, offsets, key < length, C, CP, MASKED)
+        inside = key < length
+        k = _load_keys(source, row_start + start, inside, H, g, H + 2 * G, C, CP, BN, BOXES, CLEAN and not BOXES)
         s = tl.dot(q, tl.trans(k))
         if MASKED:
             s = tl.where(_sees(token[:, None], key[None, :], window, WINDOWED), s, _HIDDEN)
-        new_high = tl.maximum(high, tl.max(s, 1) * (SCALE * _LOG2E))
-        p = tl.exp2(s * (SCALE * _LOG2E) - new_high[:, None])
+        new_high = tl.maximum(high, tl.max(s, 1) * SCALE2)
+        p = tl.exp2(s * SCALE2 - new_high[:, None])
         shrink = tl.exp2(high - new_high)
         total = total * shrink + tl.sum(p, 1)
-        v = _load_rows(v_base, offsets, key < length, C, CP, MASKED)
+        v = _load_keys(source, row_start + start, inside, H + G, g, H + 2 * G, C, CP, BN, BOXES, CLEAN)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
         high = new_high
-        k_base += BN * N * C
-        v_base += BN * N * C
     return acc, high, total
 
 
 @triton.jit(do_not_specialize=_PER_BATCH)
 def attend_kernel(
-    heads, tiles, out, lse, num_tokens, window,
+    queries, keys, tiles, out, lse, num_tokens, window,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, SCALE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, WINDOWED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BOXES: tl.constexpr, SPLIT: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     J: tl.constexpr = H // G
-    N: tl.constexpr = H + 2 * G
     TOKENS: tl.constexpr = BM // J
+    SCALE2: tl.constexpr = SCALE * _LOG2E
     g, row_start, length, first = _open_tile(tiles, G)
     m = tl.arange(0, BM)
     token = first + m // J
     row_mask = (token < length) & (m < TOKENS * J)
     at = row_start + first
-    q = _load_rows(heads + (at * N + g * J) * C, (m // J) * (N * C) + (m % J) * C, row_mask, C, CP, True)
-    k_base, v_base = heads + (row_start * N + H + g) * C, heads + (row_start * N + H + G + g) * C
-    low, full, diagonal, end = _key_range(first, length, window, TOKENS, BN, WINDOWED)
+    q = _load_queries(queries, at, row_mask, g, J, H + 2 * G, C, CP, BM, BOXES, not BOXES)
+    low, plain, whole, end = _key_range(first, length, window, TOKENS, BN, SPLIT, WINDOWED)
     acc = tl.zeros((BM, CP), tl.float32)
     high = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    if SPLIT:
-        if WINDOWED:
-            acc, high, total = _attend_keys(
-                acc, high, total, q, k_base, v_base, token, length, window, low, full,
-                N, C, CP, BN, SCALE, True, True,
-            )  # fmt: skip
+    if WINDOWED or not SPLIT:
         acc, high, total = _attend_keys(
-            acc, high, total, q, k_base, v_base, token, length, window, full, diagonal,
-            N, C, CP, BN, SCALE, False, False,
+            acc, high, total, q, keys, token, row_start, length, window, g, low, plain,
+            H, G, C, CP, SCALE2, BN, BOXES, True, False, WINDOWED,
         )  # fmt: skip
-        low = diagonal
+    if SPLIT:
+        acc, high, total = _attend_keys(
+            acc, high, total, q, keys, token, row_start, length, window, g, plain, whole,
+            H, G, C, CP, SCALE2, BN, BOXES, False, False, False,
+        )  # fmt: skip
     acc, high, total = _attend_keys(
-        acc, high, total, q, k_base, v_base, token, length, window, low, end,
-        N, C, CP, BN, SCALE, True, WINDOWED,
+        acc, high, total, q, keys, token, row_start, length, window, g, whole, end,
+        H, G, C, CP, SCALE2, BN, BOXES, True, True, WINDOWED,
     )  # fmt: skip
     packed = lse + (g.to(tl.int64) * num_tokens + at) * J
     tl.store(packed + m, high + tl.log2(total), mask=row_mask)
@@ -180,72 +219,64 @@ def attend_kernel(
 
 @triton.jit
 def _gather_dq(
-    dq, q, do, lse, delta, k_base, v_base, token, length, window, begin, end,
-    N: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BN: tl.constexpr, SCALE: tl.constexpr,
-    MASKED: tl.constexpr, WINDOWED: tl.constexpr,
+    dq, q, do, lse, delta, source, token, row_start, length, window, g, begin, end,
+    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, SCALE2: tl.constexpr, BN: tl.constexpr,
+    BOXES: tl.constexpr, MASKED: tl.constexpr, CLEAN: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     n = tl.arange(0, BN)
-    offsets = n * (N * C)
-    k_base += begin.to(tl.int64) * (N * C)
-    v_base += begin.to(tl.int64) * (N * C)
     for start in range(begin, end, BN):
         key = start + n
-        k = _load_rows(k_base, offsets, key < length, C, CP, MASKED)
-        v = _load_rows(v_base, offsets, key < length, C, CP, MASKED)
+        inside = key < length
+        k = _load_keys(source, row_start + start, inside, H, g, H + 2 * G, C, CP, BN, BOXES, CLEAN)
+        v = _load_keys(source, row_start + start, inside, H + G, g, H + 2 * G, C, CP, BN, BOXES, CLEAN and not BOXES)
         s = tl.dot(q, tl.trans(k))
         dp = tl.dot(do, tl.trans(v))
-        p = tl.exp2(s * (SCALE * _LOG2E) - lse[:, None])
+        ds = tl.exp2(s * SCALE2 - lse[:, None]) * (dp - delta[:, None])
         if MASKED:
-            p = tl.where(_sees(token[:, None], key[None, :], window, WINDOWED), p, 0.0)
-        ds = p * (dp - delta[:, None])
+            ds = tl.where(_sees(token[:, None], key[None, :], window, WINDOWED), ds, 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq)
-        k_base += BN * N * C
-        v_base += BN * N * C
     return dq
 
 
 @triton.jit(do_not_specialize=_PER_BATCH)
 def query_grad_kernel(
-    heads, tiles, out, d_out, lse, delta_out, d_query, num_tokens, window,
+    queries, keys, d_outs, tiles, out, lse, delta_out, d_query, num_tokens, window,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, SCALE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, WINDOWED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BOXES: tl.constexpr, SPLIT: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     J: tl.constexpr = H // G
-    N: tl.constexpr = H + 2 * G
     TOKENS: tl.constexpr = BM // J
+    SCALE2: tl.constexpr = SCALE * _LOG2E
     g, row_start, length, first = _open_tile(tiles, G)
     m = tl.arange(0, BM)
     token = first + m // J
     row_mask = (token < length) & (m < TOKENS * J)
     at = row_start + first
-    narrow = (m // J) * (H * C) + (m % J) * C
-    narrow_base = (at * H + g * J) * C
-    do = _load_rows(d_out + narrow_base, narrow, row_mask, C, CP, True)
-    o = _load_rows(out + narrow_base, narrow, row_mask, C, CP, True)
+    do = _load_queries(d_outs, at, row_mask, g, J, H, C, CP, BM, BOXES, not BOXES)
+    o = _load_queries(out, at, row_mask, g, J, H, C, CP, BM, False, True)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     packed = (g.to(tl.int64) * num_tokens + at) * J + m
     tl.store(delta_out + packed, delta, mask=row_mask)
     log_sum = tl.load(lse + packed, mask=row_mask, other=float("inf"))
-    q = _load_rows(heads + (at * N + g * J) * C, (m // J) * (N * C) + (m % J) * C, row_mask, C, CP, True)
-    k_base, v_base = heads + (row_start * N + H + g) * C, heads + (row_start * N + H + G + g) * C
-    low, full, diagonal, end = _key_range(first, length, window, TOKENS, BN, WINDOWED)
+    q = _load_queries(queries, at, row_mask, g, J, H + 2 * G, C, CP, BM, BOXES, not BOXES)
+    low, plain, whole, end = _key_range(first, length, window, TOKENS, BN, SPLIT, WINDOWED)
     dq = tl.zeros((BM, CP), tl.float32)
-    if SPLIT:
-        if WINDOWED:
-            dq = _gather_dq(
-                dq, q, do, log_sum, delta, k_base, v_base, token, length, window, low, full,
-                N, C, CP, BN, SCALE, True, True,
-            )  # fmt: skip
+    if WINDOWED or not SPLIT:
         dq = _gather_dq(
-            dq, q, do, log_sum, delta, k_base, v_base, token, length, window, full, diagonal,
-            N, C, CP, BN, SCALE, False, False,
+            dq, q, do, log_sum, delta, keys, token, row_start, length, window, g, low, plain,
+            H, G, C, CP, SCALE2, BN, BOXES, True, False, WINDOWED,
         )  # fmt: skip
-        low = diagonal
+    if SPLIT:
+        dq = _gather_dq(
+            dq, q, do, log_sum, delta, keys, token, row_start, length, window, g, plain, whole,
+            H, G, C, CP, SCALE2, BN, BOXES, False, False, False,
+        )  # fmt: skip
     dq = _gather_dq(
-        dq, q, do, log_sum, delta, k_base, v_base, token, length, window, low, end,
-        N, C, CP, BN, SCALE, True, WINDOWED,
+        dq, q, do, log_sum, delta, keys, token, row_start, length, window, g, whole, end,
+        H, G, C, CP, SCALE2, BN, BOXES, True, True, WINDOWED,
     )  # fmt: skip
-    _store_rows(d_query + narrow_base, narrow, row_mask, dq * SCALE, C, CP)
+    offsets = (m // J) * (H * C) + (m % J) * C
+    _store_rows(d_query + (at * H + g * J) * C, offsets, row_mask, dq * SCALE, C, CP)
 
 
 # --- backward: dK and dV ----------------------------------------------------------------------------------------------
@@ -253,89 +284,84 @@ def query_grad_kernel(
 
 @triton.jit
 def _gather_dk_dv(
-    dk, dv, k, v, q_base, do_base, lse, delta, m, key, length, window, begin, end,
-    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, SCALE: tl.constexpr, BM: tl.constexpr,
-    MASKED: tl.constexpr, WINDOWED: tl.constexpr,
+    dk, dv, k, v, queries, d_outs, lse, delta, key, row_start, length, window, g, begin, end,
+    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, SCALE2: tl.constexpr, BM: tl.constexpr,
+    BOXES: tl.constexpr, MASKED: tl.constexpr, CLEAN: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    # Bases are at the row's first token. Scores stand transposed, keys by queries, so that P and dS are left operands
-    # straight from registers.
+    # Scores stand transposed, keys by queries, so that P and dS are left operands straight from registers.
     J: tl.constexpr = H // G
-    N: tl.constexpr = H + 2 * G
     TOKENS: tl.constexpr = BM // J
-    wide, narrow = (m // J) * (N * C) + (m % J) * C, (m // J) * (H * C) + (m % J) * C
-    skip = begin.to(tl.int64)
-    q_base += skip * (N * C)
-    do_base += skip * (H * C)
-    lse += skip * J
-    delta += skip * J
+    m = tl.arange(0, BM)
     for start in range(begin, end, TOKENS):
         token = start + m // J
-        row_mask = (token < length) & (m < TOKENS * J)
-        q = _load_rows(q_base, wide, row_mask, C, CP, True)
-        do = _load_rows(do_base, narrow, row_mask, C, CP, True)
-        log_sum = tl.load(lse + m, mask=row_mask, other=float("inf"))
-        d = tl.load(delta + m, mask=row_mask, other=0.0)
+        row_mask = m < TOKENS * J
+        if CLEAN:
+            row_mask = row_mask & (token < length)
+        q = _load_queries(queries, row_start + start, row_mask, g, J, H + 2 * G, C, CP, BM, BOXES, CLEAN)
+        do = _load_queries(d_outs, row_start + start, row_mask, g, J, H, C, CP, BM, BOXES, CLEAN)
+        log_sum = tl.load(lse + start * J + m, mask=row_mask, other=float("inf"))
+        d = tl.load(delta + start * J + m, mask=row_mask, other=0.0)
         s = tl.dot(k, tl.trans(q))
-        p = tl.exp2(s * (SCALE * _LOG2E) - log_sum[None, :])
+        dp = tl.dot(v, tl.trans(do))
+        p = tl.exp2(s * SCALE2 - log_sum[None, :])
         if MASKED:
             p = tl.where(_sees(token[None, :], key[:, None], window, WINDOWED), p, 0.0)
-        dp = tl.dot(v, tl.trans(do))
         dv = tl.dot(p.to(do.dtype), do, dv)
         ds = p * (dp - d[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk)
-        q_base += TOKENS * N * C
-        do_base += TOKENS * H * C
-        lse += TOKENS * J
-        delta += TOKENS * J
     return dk, dv
 
 
 @triton.jit(do_not_specialize=_PER_BATCH)
 def key_grad_kernel(
-    heads, tiles, d_out, lse, delta, d_key, d_value, num_tokens, window,
+    queries, keys, d_outs, tiles, lse, delta, d_key, d_value, num_tokens, window,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, SCALE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, WINDOWED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BOXES: tl.constexpr, SPLIT: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     J: tl.constexpr = H // G
     N: tl.constexpr = H + 2 * G
     TOKENS: tl.constexpr = BM // J
+    SCALE2: tl.constexpr = SCALE * _LOG2E
     g, row_start, length, first = _open_tile(tiles, G)
-    m, n = tl.arange(0, BM), tl.arange(0, BN)
+    n = tl.arange(0, BN)
     key = first + n
-    k_base = heads + ((row_start + first) * N + H + g) * C
-    k = _load_rows(k_base, n * (N * C), key < length, C, CP, True)
-    v = _load_rows(k_base + G * C, n * (N * C), key < length, C, CP, True)
-    q_base, do_base = heads + (row_start * N + g * J) * C, d_out + (row_start * H + g * J) * C
+    inside = key < length
+    k = _load_keys(keys, row_start + first, inside, H, g, N, C, CP, BN, BOXES, not BOXES)
+    v = _load_keys(keys, row_start + first, inside, H + G, g, N, C, CP, BN, BOXES, not BOXES)
     packed = (g.to(tl.int64) * num_tokens + row_start) * J
+    lse += packed
+    delta += packed
     dk, dv = tl.zeros((BN, CP), tl.float32), tl.zeros((BN, CP), tl.float32)
-    # Tiles of queries start at the first key: ``.. diagonal`` is masked, ``.. full`` not, ``.. end`` by the window.
+    # Tiles of queries start at the first key. Up to ``diagonal`` they are masked, then not up to ``plain``, then by the
+    # window up to ``whole``, and from there on they reach past the row's end.
     end = length
-    diagonal = end
     if WINDOWED:
         end = tl.minimum(end, first + BN - 1 + window)
+    whole = first + tl.minimum((length - first) // TOKENS, (end - first + TOKENS - 1) // TOKENS) * TOKENS
+    diagonal = whole
     if SPLIT:
-        diagonal = tl.minimum(first + (BN - 1 + TOKENS - 1) // TOKENS * TOKENS, end)
-        if WINDOWED:
-            full = diagonal + tl.maximum(first + window - diagonal, 0) // TOKENS * TOKENS
-            full = tl.minimum(full, diagonal + (end - diagonal) // TOKENS * TOKENS)
-        else:
-            full = end
-    else:
-        diagonal = end
+        diagonal = tl.minimum(first + (BN - 1 + TOKENS - 1) // TOKENS * TOKENS, whole)
     dk, dv = _gather_dk_dv(
-        dk, dv, k, v, q_base, do_base, lse + packed, delta + packed, m, key, length, window, first, diagonal,
-        H, G, C, CP, SCALE, BM, True, WINDOWED,
+        dk, dv, k, v, queries, d_outs, lse, delta, key, row_start, length, window, g, first, diagonal,
+        H, G, C, CP, SCALE2, BM, BOXES, True, False, WINDOWED,
     )  # fmt: skip
     if SPLIT:
+        plain = whole
+        if WINDOWED:
+            plain = tl.maximum(tl.minimum(first + window // TOKENS * TOKENS, whole), diagonal)
         dk, dv = _gather_dk_dv(
-            dk, dv, k, v, q_base, do_base, lse + packed, delta + packed, m, key, length, window, diagonal, full,
-            H, G, C, CP, SCALE, BM, False, False,
+            dk, dv, k, v, queries, d_outs, lse, delta, key, row_start, length, window, g, diagonal, plain,
+            H, G, C, CP, SCALE2, BM, BOXES, False, False, False,
         )  # fmt: skip
         if WINDOWED:
             dk, dv = _gather_dk_dv(
-                dk, dv, k, v, q_base, do_base, lse + packed, delta + packed, m, key, length, window, full, end,
-                H, G, C, CP, SCALE, BM, True, True,
+                dk, dv, k, v, queries, d_outs, lse, delta, key, row_start, length, window, g, plain, whole,
+                H, G, C, CP, SCALE2, BM, BOXES, True, False, True,
             )  # fmt: skip
-    narrow_base = ((row_start + first) * G + g) * C
-    _store_rows(d_key + narrow_base, n * (G * C), key < length, dk * SCALE, C, CP)
-    _store_rows(d_value + narrow_base, n * (G * C), key < length, dv, C, CP)
+    dk, dv = _gather_dk_dv(
+        dk, dv, k, v, queries, d_outs, lse, delta, key, row_start, length, window, g, whole, end,
+        H, G, C, CP, SCALE2, BM, BOXES, True, True, WINDOWED,
+    )  # fmt: skip
+    base = ((row_start + first) * G + g) * C
+    _store_rows(d_key + base, n * (G * C), inside, dk * SCALE, C, CP)
+    _store_rows(d_value + base, n * (G * C), inside, dv, C, CP)

@@ -237,26 +237,28 @@ def padded(rank: int) -> int:
 
 
 def _thin_tiles(dtype: torch.dtype, rank: int, width: int) -> Tiles:
-    """Tiles of ``thin_gradients``."""
+    """Tiles of ``thin_gradients``.
+
+    Two programs a multiprocessor hide each other's waits. Twice the columns halve the partial sums of du, which matters
+    where there are many blocks of columns.
+    """
     if dtype == torch.float32:
         return Tiles(rows=32, columns=64, stages=2)
-    if padded(rank) > 32:
-        return Tiles(columns=256, warps=8, stages=3)
-    # Two programs a multiprocessor hide each other's waits; twice the columns halve the partial sums of du, which
-    # matters where there are many blocks of columns.
-    return Tiles(columns=256, stages=3, resident=1 if padded(rank) > 16 else 2) if width <= 8192 else Tiles(columns=512)
+    if padded(rank) > 16:
+        return Tiles(warps=8)
+    return Tiles(resident=2) if width <= 8192 else Tiles(columns=512, warps=8)
 
 
 def _swiglu_tiles(dtype: torch.dtype, *, with_down: bool) -> Tiles:
     if dtype == torch.float32:
         return Tiles(rows=32, columns=32, stages=2)
-    return Tiles(columns=128, stages=3, resident=2) if with_down else Tiles(columns=64, stages=3, resident=3)
+    return Tiles(columns=128, resident=2) if with_down else Tiles(columns=64, resident=3)
 
 
 def _swiglu_grad_tiles(dtype: torch.dtype, *, wants_du: bool) -> Tiles:
     if dtype == torch.float32:
         return Tiles(rows=32, columns=32, stages=2)
-    return Tiles(columns=128, warps=8, stages=2) if wants_du else Tiles(columns=64, stages=3, resident=2)
+    return Tiles(columns=128, warps=8, stages=2) if wants_du else Tiles(columns=64, resident=2)
 
 
 def _first_two(sizes: Sequence[int]) -> tuple[int, int]:

@@ -27,6 +27,7 @@ ORDER = """
     tracking  report
     machine  folder  asking  planning  proof
     job  preview  startup
+    sharing
     pipeline  doctor
     cli
     __main__

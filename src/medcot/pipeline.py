@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from medcot import folder as folders
 from medcot import ranks
-from medcot.errors import DataError, ModelError, RecipeError
+from medcot.errors import DataError, ModelError
 from medcot.job import Job, open_job
 from medcot.recipe import Recipe, load_recipe
-from medcot.records import Example, Row, Run
+from medcot.records import Example, Run
 from medcot.shapes import compute_shape
+from medcot.sharing import attach_fresh, build_share, check_shares, help_train, load_base
 from medcot.train.progress import RunConsole
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
     from medcot.model import LoadedModel
     from medcot.planning import TrainingData
-    from medcot.train.sft import Plan
 
 
 def run(
@@ -63,11 +63,11 @@ def run(
     """
     with ranks.joined() as here:
         if not here.is_first:
-            _help()
+            help_train()
             return {}
         job = open_job(recipe, [*overrides], stages, Path(out) if out is not None else None, resume, console)
         with folders.held(job.run), job:
-            _check_shares(job.recipe, here.size)
+            check_shares(job.recipe, here.size)
             ranks.share((job.recipe.model_dump(mode="json"), job.run.folder))
             _do(job)
         return {**job.facts, "folder": str(job.run.folder)}
@@ -130,52 +130,6 @@ def _do(job: Job) -> None:
     _push(job)
 
 
-def _help() -> None:
-    """Take this process's share of a job's training; the first process does the rest."""
-    from medcot.startup import Startup
-
-    values, folder = ranks.share(None)
-    recipe = Recipe.model_validate(values)
-    Startup(recipe.model.source).wait()
-    from medcot import planning
-    from medcot.train import sft
-
-    raw = planning.read_examples(recipe)
-    loaded = _load_base(recipe)
-    data = planning.encode_examples(raw, recipe, loaded.tokenizer)
-    model = _attach_fresh(recipe, loaded)
-    order = ranks.share(None)  # the first process may be asking questions for an hour
-    if order is None:
-        return
-    plan, resume_from, sha256 = order
-    if raw.sha256 != sha256:
-        raise DataError(
-            f"process {ranks.current().rank} read other rows than the first one from '{recipe.data.source}'",
-            "The processes of a job divide the same rows among them",
-            "See that the file is the same for all, and does not change; then go on with --resume",
-        )
-    sft.train(model, loaded.tokenizer, data.rows, plan, Run(folder).checkpoints, resume_from=resume_from)
-
-
-def _check_shares(recipe: Recipe, num_processes: int) -> None:
-    """Refuse a batch that the processes cannot share evenly."""
-    stage = recipe.train
-    share, rest = divmod(stage.batch_size, num_processes)
-    if rest:
-        raise RecipeError(
-            f"train.batch_size={stage.batch_size} for {num_processes} processes",
-            "A step's rows are divided evenly among the processes, so that more of them change only the speed",
-            f"Set train.batch_size={(share + 1) * num_processes}, or start another number of processes",
-        )
-    if num_processes > 1 and stage.micro_batch_size is not None and share % stage.micro_batch_size:
-        raise RecipeError(
-            f"train.micro_batch_size={stage.micro_batch_size} and {share} rows a step for each of {num_processes}"
-            " processes",
-            "micro_batch_size is the rows of one forward in one process, and divides that process's rows of a step",
-            f"Set train.micro_batch_size={share} or a divisor of it",
-        )
-
-
 def ask(
     question: str,
     folder: Path,
@@ -204,7 +158,7 @@ def ask(
 
     saved = Run(folder)
     recipe = load_recipe(saved.recipe)
-    loaded = _load_base(recipe)
+    loaded = load_base(recipe)
     model = loaded.model if base else load_adapter(loaded, saved.adapter)
     if recipe.train.accelerate:
         engine.accelerate(model)
@@ -243,24 +197,10 @@ def plan(
     print_plan(load_recipe(recipe, overrides), RunConsole(console))
 
 
-def _load_base(recipe: Recipe) -> LoadedModel:
-    from medcot.model import load
-
-    stage = recipe.model
-    return load(
-        stage.source,
-        precision=stage.precision.value,
-        revision=stage.revision,
-        max_seq_length=stage.max_seq_length,
-        allow_pickle=stage.allow_pickle,
-        trust_remote_code=stage.trust_remote_code,
-    )
-
-
 def _load(job: Job) -> LoadedModel:
     from medcot import engine, planning
 
-    loaded = _load_base(job.recipe)
+    loaded = load_base(job.recipe)
     for note in loaded.notes:
         job.console.note(note)
     _check_same_base(job, loaded)
@@ -362,50 +302,11 @@ def _attach(job: Job, loaded: LoadedModel) -> PeftModel:
         if job.recipe.train.accelerate:
             engine.accelerate(model)
     else:
-        model = _attach_fresh(job.recipe, loaded)
+        model = attach_fresh(job.recipe, loaded)
     explanation = engine.explain(model)
     if job.recipe.train.accelerate and not explanation.fast:
         job.console.warn(f"training takes the plain path, which is slower: {explanation.reason}")
     return model
-
-
-def _attach_fresh(recipe: Recipe, loaded: LoadedModel) -> PeftModel:
-    from medcot import engine
-    from medcot.model import attach_lora
-
-    engine.release(loaded.model)
-    lora = recipe.lora
-    model = attach_lora(
-        loaded,
-        r=lora.r,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        bias=lora.bias,
-        targets=lora.targets,
-        rslora=lora.rslora,
-        dora=lora.dora,
-        init=lora.init,
-        seed=lora.seed,
-    )
-    if recipe.train.accelerate:
-        engine.accelerate(model)
-    return model
-
-
-def _build_plan(job: Job, rows: Sequence[Row], loaded: LoadedModel, *, fast: bool) -> tuple[Plan, float]:
-    """Resolve the optimizer's settings for one process's share of each step."""
-    from medcot import planning
-    from medcot.train import sft
-
-    recipe, num_processes = job.recipe, ranks.current().size
-    shape = compute_shape(loaded.model.config, trust_remote_code=recipe.model.trust_remote_code)
-    stage = recipe.train
-    if num_processes > 1:
-        steps = sft.count_steps(len(rows), stage.batch_size, max_steps=stage.max_steps, epochs=stage.epochs)
-        share = {"batch_size": stage.batch_size // num_processes, "max_steps": steps}
-        recipe = recipe.model_copy(update={"train": stage.model_copy(update=share)})
-    plan, predicted_gb = planning.build_plan(recipe, rows, shape, loaded.precision, loaded.device, fast=fast)
-    return dataclasses.replace(plan, batch_size=stage.batch_size), predicted_gb
 
 
 def _train(job: Job, model: PeftModel, loaded: LoadedModel, data: TrainingData) -> None:
@@ -413,7 +314,7 @@ def _train(job: Job, model: PeftModel, loaded: LoadedModel, data: TrainingData) 
     from medcot.train import sft
 
     fast = engine.engine_of(model) is not None
-    plan, predicted_gb = _build_plan(job, data.rows, loaded, fast=fast)
+    plan, predicted_gb = build_share(job.recipe, data.rows, loaded, fast=fast)
     checkpoints = sft.list_checkpoints(job.run.checkpoints)
     resume_from = checkpoints[-1] if checkpoints else None
     past = _keep_metrics(job.run, resume_from)

@@ -15,7 +15,7 @@ import pytest
 @pytest.mark.parametrize("name", ["interpreted_kernels.py", "interpreted_thin.py", "interpreted_flash.py"])
 def test_kernels_through_the_interpreter(name: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--no-header", str(Path(__file__).with_name(name))],
+        [sys.executable, "-m", "pytest", "--no-header", str(Path(__file__).with_name(name))],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

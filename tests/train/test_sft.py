@@ -18,7 +18,7 @@ from medcot.data.packing import build_dataset, collate, flatten_rows
 from medcot.engine import accelerate, engine_of
 from medcot.engine.memory import Keep, Memory
 from medcot.records import Row
-from medcot.train import sft
+from medcot.train import sft, trainer
 
 # Lengths from 5 to 64 tokens, so that rows weigh very differently: a mean of means would be far off.
 LENGTHS = (5, 64, 17, 40, 8, 31, 50, 23)
@@ -190,10 +190,10 @@ def test_packed_loss_is_padded_loss(base_model, tokenizer, tmp_path, fast):
     rows = tiny_models.make_rows(LENGTHS)
     with torch.no_grad():
         wanted = float(tiny_models.plain_loss(base_model, rows))
-    plan, counter = _plan(), sft._Counter()
-    trainer = sft._build_trainer(model, tokenizer, _rows(), plan, counter, tmp_path, pytest.fail, model.device)
+    plan, counter = _plan(), sft.Counter()
+    built = sft._build_trainer(model, tokenizer, _rows(), plan, counter, tmp_path, pytest.fail, model.device)
     with torch.no_grad():
-        got, num_trained = trainer._summed_loss(model, (batch := flatten_rows(_rows())), batch["labels"][0])
+        got, num_trained = built._summed_loss(model, (batch := flatten_rows(_rows())), batch["labels"][0])
     assert float(got) == pytest.approx(wanted, rel=1e-5)
     assert num_trained == sum(row.num_trained_tokens for row in _rows())
 
@@ -250,7 +250,7 @@ def test_a_checkpoint_half_written_is_no_checkpoint(base_model, tokenizer, tmp_p
             raise KeyboardInterrupt
         renamed.append(source.rename(target))
 
-    monkeypatch.setattr(sft.os, "replace", killed_at_the_second)
+    monkeypatch.setattr(trainer.os, "replace", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         _train(base_model, tokenizer, tmp_path, rows=_rows(TEN_ROWS), **RUN)
     monkeypatch.undo()

@@ -147,7 +147,7 @@ def compute_query_grad(
     """The gradient of q (T, H, C), and each query's sum of ``d_out · out``, float32 (G, M); both must be contiguous."""
     dq_THC, delta_GM = problem.empty(problem.num_heads), problem.empty_packed()
     tiles = _query_tiles(problem, tiling)
-    _launch("query_grad_kernel", problem, tiling, tiles, d_out_THC, out_THC, lse_GM, delta_GM, dq_THC)
+    _launch("query_grad_kernel", problem, tiling, tiles, None, out_THC, d_out_THC, lse_GM, delta_GM, dq_THC)
     return dq_THC, delta_GM
 
 
@@ -200,7 +200,7 @@ def _boxes(problem: Problem) -> bool:
 def _launch(
     kernel: str, problem: Problem, tiling: Tiling, tiles_I3: Tensor, d_out_THC: Tensor | None, *buffers: Tensor
 ) -> None:
-    """Start a kernel; the buffers are its own, in its order."""
+    """Start a kernel; the buffers are its own, in its order. With ``d_out_THC``, queries and it come tile by tile."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from medcot.engine import flash_kernels
@@ -209,14 +209,16 @@ def _launch(
         return
     group, channels, window = problem.num_heads // problem.num_kv, problem.channels, problem.window or 0
     boxes = _boxes(problem)
-    heads_TNC: Any = problem.heads_TNC
-    sources = [heads_TNC, heads_TNC] if d_out_THC is None else [heads_TNC, heads_TNC, d_out_THC]
+    queries: Any = problem.heads_TNC
+    keys: Any = problem.heads_TNC
+    d_out: Any = d_out_THC
     if boxes:
-        of_queries, of_keys = [tiling.rows // group, group, channels], [tiling.keys, 1, channels]
-        shapes = [of_queries, of_keys, of_queries]
-        sources = [TensorDescriptor.from_tensor(*pair) for pair in zip(sources, shapes, strict=False)]
+        keys = TensorDescriptor.from_tensor(keys.flatten(1), [tiling.keys, channels])
+        if d_out is not None:
+            box = [tiling.rows // group, group, channels]
+            queries, d_out = (TensorDescriptor.from_tensor(source, box) for source in (queries, d_out))
     getattr(flash_kernels, kernel)[(len(tiles_I3) * problem.num_kv,)](
-        *sources, tiles_I3, *buffers, len(heads_TNC), window,
+        queries, keys, *(() if d_out is None else (d_out,)), tiles_I3, *buffers, len(problem.heads_TNC), window,
         H=problem.num_heads, G=problem.num_kv, C=channels, CP=1 << (channels - 1).bit_length(),
         SCALE=channels**-0.5, BM=tiling.rows, BN=tiling.keys, BOXES=boxes, SPLIT=tiling.split,
         WINDOWED=0 < window < max(problem.lengths), num_warps=tiling.warps, num_stages=tiling.stages,

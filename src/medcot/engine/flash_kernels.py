@@ -69,7 +69,7 @@ def _load_keys(
 ):  # fmt: skip
     """BN tokens of head ``head + g``, from a batch's token on; ``CLEAN``: those past the row's end as zeros."""
     if BOXES:
-        tile = source.load([token.to(tl.int32), head + g, 0]).reshape(BN, CP)
+        tile = source.load([token.to(tl.int32), (head + g) * C])
         if CLEAN:
             tile = tl.where(row_mask[:, None], tile, tl.zeros_like(tile))
     else:
@@ -189,7 +189,7 @@ def attend_kernel(
     token = first + m // J
     row_mask = (token < length) & (m < TOKENS * J)
     at = row_start + first
-    q = _load_queries(queries, at, row_mask, g, J, H + 2 * G, C, CP, BM, BOXES, not BOXES)
+    q = _load_queries(queries, at, row_mask, g, J, H + 2 * G, C, CP, BM, False, True)
     low, plain, whole, end = _key_range(first, length, window, TOKENS, BN, SPLIT, WINDOWED)
     acc = tl.zeros((BM, CP), tl.float32)
     high = tl.full((BM,), float("-inf"), tl.float32)
@@ -240,7 +240,7 @@ def _gather_dq(
 
 @triton.jit(do_not_specialize=_PER_BATCH)
 def query_grad_kernel(
-    queries, keys, d_outs, tiles, out, lse, delta_out, d_query, num_tokens, window,
+    queries, keys, tiles, out, d_out, lse, delta_out, d_query, num_tokens, window,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, SCALE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BOXES: tl.constexpr, SPLIT: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
@@ -252,13 +252,13 @@ def query_grad_kernel(
     token = first + m // J
     row_mask = (token < length) & (m < TOKENS * J)
     at = row_start + first
-    do = _load_queries(d_outs, at, row_mask, g, J, H, C, CP, BM, BOXES, not BOXES)
+    do = _load_queries(d_out, at, row_mask, g, J, H, C, CP, BM, False, True)
     o = _load_queries(out, at, row_mask, g, J, H, C, CP, BM, False, True)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     packed = (g.to(tl.int64) * num_tokens + at) * J + m
     tl.store(delta_out + packed, delta, mask=row_mask)
     log_sum = tl.load(lse + packed, mask=row_mask, other=float("inf"))
-    q = _load_queries(queries, at, row_mask, g, J, H + 2 * G, C, CP, BM, BOXES, not BOXES)
+    q = _load_queries(queries, at, row_mask, g, J, H + 2 * G, C, CP, BM, False, True)
     low, plain, whole, end = _key_range(first, length, window, TOKENS, BN, SPLIT, WINDOWED)
     dq = tl.zeros((BM, CP), tl.float32)
     if WINDOWED or not SPLIT:
@@ -292,21 +292,21 @@ def _gather_dk_dv(
     J: tl.constexpr = H // G
     TOKENS: tl.constexpr = BM // J
     m = tl.arange(0, BM)
-    for start in range(begin, end, TOKENS):
+    for start in tl.range(begin, end, TOKENS, num_stages=1 if CLEAN else None):
         token = start + m // J
         row_mask = m < TOKENS * J
         if CLEAN:
             row_mask = row_mask & (token < length)
         q = _load_queries(queries, row_start + start, row_mask, g, J, H + 2 * G, C, CP, BM, BOXES, CLEAN)
         do = _load_queries(d_outs, row_start + start, row_mask, g, J, H, C, CP, BM, BOXES, CLEAN)
-        log_sum = tl.load(lse + start * J + m, mask=row_mask, other=float("inf"))
-        d = tl.load(delta + start * J + m, mask=row_mask, other=0.0)
         s = tl.dot(k, tl.trans(q))
-        dp = tl.dot(v, tl.trans(do))
+        log_sum = tl.load(lse + start * J + m, mask=row_mask, other=float("inf"))
         p = tl.exp2(s * SCALE2 - log_sum[None, :])
         if MASKED:
             p = tl.where(_sees(token[None, :], key[:, None], window, WINDOWED), p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv)
+        dp = tl.dot(v, tl.trans(do))
+        d = tl.load(delta + start * J + m, mask=row_mask, other=0.0)
         ds = p * (dp - d[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk)
     return dk, dv

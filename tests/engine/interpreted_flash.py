@@ -47,8 +47,8 @@ def loop_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=[True, False], ids=["split", "one loop"])
 def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     tiling = dataclasses.replace(SMALL, split=request.param)
-    for channels in flash.TILINGS:
-        monkeypatch.setitem(flash.TILINGS, channels, Tilings(tiling, tiling, tiling))
+    for key in flash.TILINGS:
+        monkeypatch.setitem(flash.TILINGS, key, Tilings(tiling, tiling, tiling))
 
 
 @pytest.fixture(autouse=True)
@@ -111,23 +111,24 @@ def test_windows_narrower_and_wider_than_tiles(window: int) -> None:
     assert_same(run(heads, d_out, [100, 47], 1, window), run_twin(heads, d_out, [100, 47], 1, window))
 
 
-@pytest.mark.parametrize("channels", [64, 96, 128, 256])
+@pytest.mark.parametrize(("channels", "boxes"), sorted(flash.TILINGS))
 @pytest.mark.parametrize("window", [None, 150])
-def test_the_tiles_of_the_gpu(channels: int, window: int | None) -> None:
+def test_the_tiles_of_the_gpu(channels: int, boxes: bool, window: int | None) -> None:
     lengths = [3, 290, 130]
-    heads, d_out = make(lengths, 4, 1, channels)
+    heads, d_out = make(lengths, 4 if boxes else 3, 1, channels)
     assert_same(run(heads, d_out, lengths, 1, window), run_twin(heads, d_out, lengths, 1, window))
 
 
-@pytest.mark.parametrize("channels", [64, 96])
+@pytest.mark.parametrize(("num_heads", "channels"), [(8, 64), (6, 64), (8, 96)])
+@pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.usefixtures("small_tiles")
-def test_no_row_sees_a_neighbours_nan(channels: int) -> None:
+def test_no_row_sees_a_neighbours_nan(num_heads: int, channels: int, window: int | None) -> None:
     lengths = [19, 50, 21]
-    heads, d_out = make(lengths, 6, 2, channels)
+    heads, d_out = make(lengths, num_heads, 2, channels)
     middle = slice(19, 69)
-    wanted = run_twin(heads[middle], d_out[middle], [50], 2, None)
+    wanted = run_twin(heads[middle], d_out[middle], [50], 2, window)
     heads[:19], heads[69:], d_out[:19], d_out[69:] = (float("nan") for _ in range(4))
-    got = [part[middle] for part in run(heads, d_out, lengths, 2, None)]
+    got = [part[middle] for part in run(heads, d_out, lengths, 2, window)]
     assert_same(got, wanted)
 
 

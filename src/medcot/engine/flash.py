@@ -23,7 +23,7 @@ from medcot.engine.devices import has_triton, send
 if TYPE_CHECKING:
     from medcot.engine.attention import Layout
 
-MAX_GROUP = 64  # query heads a key head; all of a token's must fit into one tile
+MAX_GROUP = 32  # query heads a key head; all of a token's must fit into one tile
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Tiling:
         warps: of a program.
         stages: depth of the pipeline of loads.
         split: a loop of its own for the tiles that no mask touches, rather than one loop that masks them all.
+        registers: the most a thread may have, so that two programs share a multiprocessor and one's softmax runs beside
+            the other's products; ``None`` for as many as it wants.
     """
 
     rows: int
@@ -43,6 +45,7 @@ class Tiling:
     warps: int
     stages: int
     split: bool
+    registers: int | None = None
 
 
 class Tilings(NamedTuple):
@@ -53,12 +56,14 @@ class Tilings(NamedTuple):
     key_grad: Tiling
 
 
-# By channels of a head. None of these keeps registers in memory (tests/gpu holds that).
-TILINGS: dict[int, Tilings] = {
-    64: Tilings(Tiling(128, 64, 4, 3, True), Tiling(128, 64, 8, 2, False), Tiling(64, 128, 8, 2, False)),
-    96: Tilings(Tiling(128, 64, 8, 2, True), Tiling(128, 64, 8, 2, False), Tiling(64, 64, 4, 2, False)),
-    128: Tilings(Tiling(128, 64, 8, 2, True), Tiling(128, 64, 8, 2, False), Tiling(64, 64, 4, 2, False)),
-    256: Tilings(Tiling(128, 64, 8, 2, False), Tiling(64, 32, 8, 2, False), Tiling(32, 64, 8, 2, False)),
+# By channels of a head, and whether tiles are fetched as boxes (``Problem.boxes``): pointers cost registers. None of
+# these keeps more than a few registers in memory (tests/gpu holds that); at 256 channels every size tried does.
+TILINGS: dict[tuple[int, bool], Tilings] = {
+    (64, True): Tilings(Tiling(128, 128, 8, 2, True), Tiling(128, 64, 8, 2, True), Tiling(64, 128, 8, 2, True)),
+    (128, True): Tilings(Tiling(128, 64, 8, 2, True, 128), Tiling(128, 64, 8, 2, True), Tiling(64, 128, 8, 2, True)),
+    (64, False): Tilings(Tiling(128, 128, 8, 2, True), Tiling(128, 64, 8, 2, True), Tiling(32, 64, 4, 2, True)),
+    (96, False): Tilings(Tiling(128, 64, 8, 2, True), Tiling(128, 64, 8, 2, True), Tiling(32, 64, 4, 3, True)),
+    (128, False): Tilings(Tiling(128, 64, 8, 2, True), Tiling(128, 64, 8, 2, True), Tiling(32, 64, 4, 3, True)),
 }
 
 
@@ -72,7 +77,7 @@ def fits(heads_TNC: Tensor, num_kv: int) -> bool:
     """Whether ``TritonAttended`` is made for this device, type, and shape."""
     group = (heads_TNC.shape[1] - 2 * num_kv) // num_kv
     is_16_bit = heads_TNC.dtype in (torch.float16, torch.bfloat16)
-    return is_16_bit and heads_TNC.shape[2] in TILINGS and group <= MAX_GROUP and _is_hopper(heads_TNC.device)
+    return is_16_bit and (heads_TNC.shape[2], False) in TILINGS and group <= MAX_GROUP and _is_hopper(heads_TNC.device)
 
 
 class TritonAttended:
@@ -87,12 +92,12 @@ class TritonAttended:
     ) -> tuple[Tensor, TritonAttended]:
         """See ``attention.attend``."""
         problem = Problem(heads_TNC.detach().contiguous(), layout.lengths, num_kv, window)
-        out_THC, lse_GM = compute_attention(problem, TILINGS[problem.channels].attend)
+        out_THC, lse_GM = compute_attention(problem, TILINGS[problem.key].attend)
         return out_THC, cls(problem, out_THC, lse_GM)
 
     def gradients(self, d_out_THC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See ``attention.Attended``."""
-        problem, d_out_THC, tilings = self._problem, d_out_THC.contiguous(), TILINGS[self._problem.channels]
+        problem, d_out_THC, tilings = self._problem, d_out_THC.contiguous(), TILINGS[self._problem.key]
         dq_THC, delta_GM = compute_query_grad(problem, self._out_THC, d_out_THC, self._lse_GM, tilings.query_grad)
         dk_TGC, dv_TGC = compute_key_grad(problem, d_out_THC, self._lse_GM, delta_GM, tilings.key_grad)
         return dq_THC, dk_TGC, dv_TGC
@@ -124,13 +129,28 @@ class Problem:
         """H."""
         return self.heads_TNC.shape[1] - 2 * self.num_kv
 
+    @property
+    def group(self) -> int:
+        """J, query heads that share a key head."""
+        return self.num_heads // self.num_kv
+
+    @property
+    def boxes(self) -> bool:
+        """Whether the tensor memory accelerator can fetch a tile: its boxes measure powers of two."""
+        return not any(size & (size - 1) for size in (self.group, self.channels))
+
+    @property
+    def key(self) -> tuple[int, bool]:
+        """Where ``TILINGS`` has this problem's."""
+        return self.channels, self.boxes
+
     def empty(self, num_heads: int) -> Tensor:
         """Uninitialised heads, (T, num_heads, C)."""
         return self.heads_TNC.new_empty(len(self.heads_TNC), num_heads, self.channels)
 
     def empty_packed(self) -> Tensor:
         """An uninitialised float32 number for each query of each head, (G, M)."""
-        num_packed = len(self.heads_TNC) * (self.num_heads // self.num_kv)
+        num_packed = len(self.heads_TNC) * self.group
         return self.heads_TNC.new_empty(self.num_kv, num_packed, dtype=torch.float32)
 
 
@@ -169,8 +189,7 @@ class Longest(Enum):
 
 
 def _query_tiles(problem: Problem, tiling: Tiling) -> Tensor:
-    group = problem.num_heads // problem.num_kv
-    return build_tiles(problem.lengths, tiling.rows // group, Longest.LAST, problem.heads_TNC.device)
+    return build_tiles(problem.lengths, tiling.rows // problem.group, Longest.LAST, problem.heads_TNC.device)
 
 
 @lru_cache(maxsize=64)
@@ -191,12 +210,6 @@ def build_tiles(lengths: tuple[int, ...], step: int, longest: Longest, device: t
     return send(tiles_I3.to(torch.int32), device)
 
 
-def _boxes(problem: Problem) -> bool:
-    """Whether the tensor memory accelerator can fetch a tile: its boxes measure powers of two."""
-    group = problem.num_heads // problem.num_kv
-    return not any(size & (size - 1) for size in (group, problem.channels))
-
-
 def _launch(
     kernel: str, problem: Problem, tiling: Tiling, tiles_I3: Tensor, d_out_THC: Tensor | None, *buffers: Tensor
 ) -> None:
@@ -207,19 +220,19 @@ def _launch(
 
     if not len(tiles_I3):
         return
-    group, channels, window = problem.num_heads // problem.num_kv, problem.channels, problem.window or 0
-    boxes = _boxes(problem)
+    channels, window = problem.channels, problem.window or 0
     queries: Any = problem.heads_TNC
     keys: Any = problem.heads_TNC
     d_out: Any = d_out_THC
-    if boxes:
+    if problem.boxes:
         keys = TensorDescriptor.from_tensor(keys.flatten(1), [tiling.keys, channels])
         if d_out is not None:
-            box = [tiling.rows // group, group, channels]
+            box = [tiling.rows // problem.group, problem.group, channels]
             queries, d_out = (TensorDescriptor.from_tensor(source, box) for source in (queries, d_out))
     getattr(flash_kernels, kernel)[(len(tiles_I3) * problem.num_kv,)](
         queries, keys, *(() if d_out is None else (d_out,)), tiles_I3, *buffers, len(problem.heads_TNC), window,
         H=problem.num_heads, G=problem.num_kv, C=channels, CP=1 << (channels - 1).bit_length(),
-        SCALE=channels**-0.5, BM=tiling.rows, BN=tiling.keys, BOXES=boxes, SPLIT=tiling.split,
+        SCALE=channels**-0.5, BM=tiling.rows, BN=tiling.keys, BOXES=problem.boxes, SPLIT=tiling.split,
         WINDOWED=0 < window < max(problem.lengths), num_warps=tiling.warps, num_stages=tiling.stages,
+        maxnreg=tiling.registers,
     )  # fmt: skip

@@ -63,8 +63,8 @@ def test_recommendation_follows_the_memory(memory_gb, expected):
 
 
 def test_fp8_is_named_where_the_card_multiplies_in_it():
-    assert "up to 14 B train" in recommend(141, RECIPES, multiplies_fp8=True)
-    assert "up to 8 B train" in recommend(30, RECIPES, multiplies_fp8=True)
+    assert "up to 14 B train faster" in recommend(141, RECIPES, multiplies_fp8=True)
+    assert "up to 8 B train faster" in recommend(30, RECIPES, multiplies_fp8=True)
     assert "fp8" not in recommend(141, RECIPES) and "fp8" not in recommend(4, RECIPES, multiplies_fp8=True)
 
 

@@ -219,6 +219,7 @@ def test_what_the_recipe_says_of_splits_and_recomputing_is_kept(monkeypatch):
 def test_a_roomy_card_keeps_4_bit_weights_unpacked_and_the_step_whole(monkeypatch):
     rows = [_row(790)] * 16
     monkeypatch.setattr(planning, "has_flash", lambda device, dtype: True)
+    monkeypatch.setattr(planning, "has_triton", lambda device: True)
 
     def plan_with(free_gb: float, *overrides: str) -> Any:
         monkeypatch.setattr(planning, "free_memory_gb", lambda device: free_gb)
@@ -229,6 +230,15 @@ def test_a_roomy_card_keeps_4_bit_weights_unpacked_and_the_step_whole(monkeypatc
     assert not plan_with(22).memory.keep.recomputes and plan_with(22).micro_batch_size < 8
     assert plan_with(9).memory.keep.recomputes
     assert plan_with(139, "train.gradient_checkpointing='on'").memory == Memory(Keep.INPUT)
+
+
+def test_the_plain_path_is_offered_only_what_it_can_do(monkeypatch):
+    """It keeps everything or the layers' inputs: a plan that counts on more would run out of memory."""
+    for free_gb in (200, 80, 47, 24, 12):
+        monkeypatch.setattr(planning, "free_memory_gb", lambda device, gb=free_gb: gb)
+        plan, _ = planning.build_plan(_recipe(), [_row(790)] * 16, LLAMA_8B, "nf4", CPU, fast=False)
+        assert plan.memory.keep is not Keep.LEAN and not plan.memory.unpacked
+    assert plan.memory.keep.recomputes
 
 
 def test_small_pieces_follow_the_length_of_a_row():

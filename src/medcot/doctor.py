@@ -283,7 +283,7 @@ def recommend(gpu_memory_gb: float, recipes: dict[str, Recipe], *, multiplies_fp
     ]
     if not multiplies_fp8 or not any(in_fp8):
         return advice
-    return f"{advice}; models of up to {max(in_fp8):g} B train about 1.4 times as fast with model.precision=fp8"
+    return f"{advice}; models of up to {max(in_fp8):g} B train faster in model.precision=fp8 (8B: 1.4 times)"
 
 
 def _size(recipe: Recipe) -> float:

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from medcot.embedded import convert_embedded, fetch_embedded
-from medcot.engine import hold_in_fp8
+from medcot.engine import check_fp8, hold_in_fp8
 from medcot.errors import MissingExtraError, ModelError, did_you_mean
 from medcot.precision import DTYPES, choose_device, choose_precision, quantised_precision
 from medcot.quiet import quiet_libraries
@@ -135,6 +135,8 @@ def load(
     config = read_config(weights, trust_remote_code=trust_remote_code)
     _check_config(config, weights, max_seq_length, trust_remote_code)
     chosen, notes = _settle_precision(config, weights, chosen, precision, dtype, [note] if note else [])
+    if chosen == "fp8":
+        check_fp8(config.model_type, target)
     tokenizer = _load_tokenizer(weights, trust_remote_code)
     model = _load_weights(config, weights, chosen, dtype, target, trust_remote_code)
     model.requires_grad_(False).eval()
@@ -206,12 +208,16 @@ def _settle_precision(
     quantised = weights.config.get("quantization_config")
     if quantised is not None:
         held = quantised_precision(quantised)
-        if asked not in ("auto", held):
+        if (asked, held) == ("fp8", "nf4"):
+            notes.append("the checkpoint is in NF4; its weights are rounded once more, to FP8")
+            chosen = "fp8"
+        elif asked not in ("auto", held):
             notes.append(f"the checkpoint is already quantised ({held}); precision {asked} cannot be made from it")
         # The checkpoint names the dtype of its maker's GPU; a T4 cannot compute in bf16.
         if "bnb_4bit_compute_dtype" in quantised:
             config.quantization_config = {**quantised, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
-        chosen, notes = held, [n for n in notes if not n.startswith("precision auto")]
+        chosen = chosen if (asked, held) == ("fp8", "nf4") else held
+        notes = [n for n in notes if not n.startswith("precision auto")]
     elif chosen in ("nf4", "int8") and weights.gguf is not None:
         raise ModelError(
             f"precision {chosen} with the GGUF file '{weights.name}'",

@@ -20,7 +20,7 @@ import torch
 
 from medcot import clinic, prompt
 from medcot.data import checks, columns, sources
-from medcot.engine.devices import has_flash
+from medcot.engine.devices import has_flash, has_triton
 from medcot.engine.memory import (
     FASTEST,
     SMALLEST,
@@ -185,12 +185,13 @@ def build_plan(
             memory=memory,
             fast=fast,
             on_cpu=device.type == "cpu",
+            kernels=has_triton(device),
             longest=max(lengths) if padded else 0,
         )
 
     mean_tokens = sum(lengths) / len(lengths)
     budget_gb = free_memory_gb(device) * MEMORY_SHARE
-    micro_batch, memory = _choose_split(stage, predict, mean_tokens, budget_gb, may_unpack=fast and precision == "nf4")
+    micro_batch, memory = _choose_split(stage, predict, mean_tokens, budget_gb, precision=precision, fast=fast)
     if memory.keep is Keep.HOST:
         memory = small_pieces(estimate_tokens(lengths, micro_batch))
     plan = sft.Plan(
@@ -226,7 +227,8 @@ def _choose_split(
     mean_tokens: float,
     budget_gb: float,
     *,
-    may_unpack: bool,
+    precision: str,
+    fast: bool,
 ) -> tuple[int, Memory]:
     """Rows a forward, and what layers keep: the fastest that fits the memory and the recipe's word.
 
@@ -242,14 +244,16 @@ def _choose_split(
         )
     splits = [stage.micro_batch_size] if stage.micro_batch_size else divisors
     memories = MEMORIES[stage.gradient_checkpointing]
-    if may_unpack and FASTEST in memories:
+    if not fast:  # the plain path keeps all or the layers' inputs, and knows no pieces
+        memories = tuple(Memory(memory.keep) for memory in memories if memory.keep is not Keep.LEAN)
+    elif precision == "nf4" and FASTEST in memories:
         memories = (UNPACKED, *memories)
     choices = [(rows, memory) for rows in splits for memory in memories]
 
-    def cost(choice: tuple[int, Memory]) -> float:
+    def cost(choice: tuple[int, Memory]) -> tuple[float, int]:
         rows, memory = choice
         overhead = OVERHEAD_TOKENS / 2 if memory.unpacked else OVERHEAD_TOKENS
-        return RELATIVE_TIME[memory.keep] * (1 + overhead / (rows * mean_tokens))
+        return round(RELATIVE_TIME[memory.keep] * (1 + overhead / (rows * mean_tokens)), 6), -rows
 
     fitting = [choice for choice in choices if predict(*choice) <= budget_gb]
     if fitting:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medcot import planning, prompt
+from medcot.engine.memory import Keep
 from medcot.recipe import Recipe, dump_recipe
 
 if TYPE_CHECKING:
@@ -69,6 +70,14 @@ def print_plan(recipe: Recipe, screen: RunConsole) -> None:
     console.print(_colour_row(data.rows[0], tokenizer))
 
 
+# What is forgotten to save memory, in words.
+KEPT = {
+    Keep.LEAN: "norms and products recomputed",
+    Keep.INPUT: "activations recomputed",
+    Keep.HOST: "activations recomputed from inputs in host memory",
+}
+
+
 def _tabulate(
     data: planning.TrainingData, plan: Plan, shape: Shape, precision: str, device: torch.device, memory_gb: float
 ) -> Table:
@@ -84,7 +93,8 @@ def _tabulate(
     table.add_row("tokens", f"{tokens:,} in all")
     table.add_row("model", f"{shape.num_params / 1e6:,.0f} M parameters in {precision} on {device.type}")
     table.add_row("memory", f"about {memory_gb:.1f} GiB at the peak, of {free_gb:.1f} GiB"
-                  + (", activations recomputed" if plan.memory.keep.recomputes else ""))  # fmt: skip
+                  + (f", {KEPT[plan.memory.keep]}" if plan.memory.keep in KEPT else "")
+                  + (", 4-bit weights kept unpacked" if plan.memory.unpacked else ""))  # fmt: skip
     table.add_row("training", f"roughly {guess_seconds(shape, tokens, precision, device) / 60:.1f} minutes")
     return table
 

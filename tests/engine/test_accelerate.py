@@ -230,3 +230,31 @@ def test_a_step_of_the_adapter_is_seen_at_once() -> None:
                 parameter.data.sub_(parameter.grad, alpha=1e-2)
     assert relative(fast_logits(fast, rows), torch.cat(plain_logits(plain, rows))) < FP32
     assert relative(fast_logits(fast, rows), before) > 0.01
+
+
+def test_the_loss_uses_the_head_as_it_is_now() -> None:
+    """A vocabulary resized after accelerate() is the one that the loss is taken over."""
+    fast, plain = build_model("llama"), build_model("llama")
+    from medcot.engine import accelerate
+
+    accelerate(fast)
+    for model in (fast, plain):
+        torch.manual_seed(0)
+        model.get_base_model().resize_token_embeddings(128, mean_resizing=False)
+        model.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    rows = make_rows([9, 14])
+    assert float(fast_loss(fast, rows)) == pytest.approx(float(plain_loss(plain, rows)), rel=1e-5)
+
+
+def test_norms_in_another_dtype_than_the_products_take_the_plain_path() -> None:
+    """As after PEFT's prepare_model_for_kbit_training: the engine computes in one dtype."""
+    from medcot.engine import accelerate
+
+    model = build_model("llama", torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = parameter.data.float()
+    explanation = accelerate(model)
+    assert not explanation.fast and "norms in torch.float32" in str(explanation)

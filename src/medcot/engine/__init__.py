@@ -26,7 +26,7 @@ from medcot.engine import pointwise
 from medcot.engine.attention import SHAPE_STEP, build_layout
 from medcot.engine.devices import has_flash, has_fp8, has_triton, send
 from medcot.engine.forward import install, remove
-from medcot.engine.frozen import FP8_STEP, Fp8Linear, Fp8Weight, Matrix, Nf4Weight
+from medcot.engine.frozen import FP8_STEP, Fp8Linear, Fp8Weight, Matrix, Nf4Weight, dense_weight
 from medcot.engine.layers import FAMILIES, GROUPS, FastLayer, LayerPairs, Step, layer_reason, window_of
 from medcot.engine.lora import base_of, cast_adapters
 from medcot.engine.loss import token_loss
@@ -34,7 +34,7 @@ from medcot.engine.memory import FASTEST, Keep, Memory
 from medcot.engine.stack import DecoderStack, HostStore
 from medcot.errors import ModelError
 
-__all__ = ["Engine", "Explanation", "accelerate", "engine_of", "explain", "hold_in_fp8", "release"]
+__all__ = ["Engine", "Explanation", "accelerate", "check_fp8", "engine_of", "explain", "hold_in_fp8", "release"]
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,17 @@ class Engine:
         ]
         self._host: HostStore | None = None
         self._keeps_unpacked = False
-        # Where the layers multiply in 8 bit, the head does so for the loss too; answers come from the head as it is.
-        head = self.causal_lm.lm_head.weight
-        in_fp8 = isinstance(self.layers[0].down.weight, Fp8Weight) and len(head) % FP8_STEP == 0
-        self.head: Tensor | Matrix = Fp8Weight([head], self.dtype) if in_fp8 else head
+        self._fp8_head: tuple[int, Fp8Weight] | None = None
+
+    @property
+    def head(self) -> Tensor | Matrix:
+        """The output head for the loss, as it is now: in 8 bit where the layers are; answers come from it as it is."""
+        weight: Tensor = self.causal_lm.lm_head.weight
+        if not isinstance(self.layers[0].down.weight, Fp8Weight) or len(weight) % FP8_STEP:
+            return weight
+        if self._fp8_head is None or self._fp8_head[0] != weight.data_ptr():
+            self._fp8_head = (weight.data_ptr(), Fp8Weight([weight], self.dtype))
+        return self._fp8_head[1]
 
     def embed(self, tokens: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Token embeddings (T, D) of ids (T), if need be, and the rotary angles' cosine and sine (T, C)."""
@@ -192,6 +199,7 @@ class Engine:
         try:
             yield
         finally:
+            torch.cuda.empty_cache()  # after a step that failed for want of memory, there may be no room for it yet
             table.weight.data = table.weight.data.to(self.device)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
@@ -199,10 +207,11 @@ class Engine:
         return self.causal_lm.lm_head(hidden_TD)
 
 
+FLASH_WANTS = "varlen_attn wants CUDA, 16 bit and compute capability 8.0"
 # What a base layer's class says about how its weights are held.
 BASES = {
     "Linear": "dense",
-    "Linear4bit": "NF4, unpacked a group at a time",
+    "Linear4bit": "NF4, unpacked for its products",
     "Fp8Linear": "FP8 products, a scale for each token and output",
 }
 
@@ -256,26 +265,36 @@ def engine_of(model: nn.Module) -> Engine | None:
     return vars(model).get(_ENGINE)
 
 
+def check_fp8(model_type: str, device: torch.device) -> None:
+    """Say whether a model can be held in FP8, before its weights are read.
+
+    Raises:
+        ModelError: a family that the engine does not know, or a device without FP8 products.
+    """
+    if model_type not in FAMILIES or not has_fp8(device):
+        raise ModelError(
+            f"precision fp8 for a {model_type} model on {device}",
+            f"8-bit products are the engine's own: {', '.join(FAMILIES)}, on a GPU of Hopper's generation or later",
+            "Set model.precision=auto or nf4",
+        )
+
+
 def hold_in_fp8(model: nn.Module) -> None:
-    """Replace the seven projections of every layer by 8-bit ones, in place; each group's old weights are freed first.
+    """Replace the seven projections of every layer by 8-bit ones, in place; a group at a time, so that little is added.
 
     Args:
-        model: a model of a known family without adapters, on a device that multiplies in FP8.
+        model: a model of a known family without adapters, on a device that multiplies in FP8; its weights in 16 or 32
+            bit, or in NF4, whose rounding they then keep.
 
     Raises:
         ModelError: a family that the engine does not know, or a device without FP8 products.
     """
     causal_lm = _causal_lm(model)
-    if causal_lm.config.model_type not in FAMILIES or not has_fp8(causal_lm.device):
-        raise ModelError(
-            f"precision fp8 for a {causal_lm.config.model_type} model on {causal_lm.device}",
-            f"8-bit products are the engine's own: {', '.join(FAMILIES)}, on a GPU of Hopper's generation or later",
-            "Set model.precision=auto or nf4",
-        )
+    check_fp8(causal_lm.config.model_type, causal_lm.device)
     linears = [
         layer.get_submodule(f"{o}.{n}") for layer in causal_lm.model.layers for o, names in GROUPS for n in names
     ]
-    odd = {size for linear in linears for size in linear.weight.shape if size % FP8_STEP}
+    odd = {size for linear in linears for size in (linear.in_features, linear.out_features) if size % FP8_STEP}
     if odd:
         raise ModelError(
             f"precision fp8 for projections of {', '.join(map(str, sorted(odd)))} inputs or outputs",
@@ -286,7 +305,7 @@ def hold_in_fp8(model: nn.Module) -> None:
         for owner, names in GROUPS:
             parent = layer.get_submodule(owner)
             bases = [getattr(parent, name) for name in names]
-            weight = Fp8Weight([base.weight for base in bases], causal_lm.dtype)
+            weight = Fp8Weight([dense_weight(base, causal_lm.dtype) for base in bases], causal_lm.dtype)
             for index, (name, base) in enumerate(zip(names, bases, strict=True)):
                 setattr(parent, name, Fp8Linear(weight, index, base.bias))
 
@@ -318,8 +337,9 @@ def _plain_reason(causal_lm: Any) -> str | None:
     trained += ["lm_head"] if _trains(causal_lm.lm_head) else []
     if trained:
         return f"{', '.join(trained)} is being trained"
+    dtype = causal_lm.model.norm.weight.dtype
     for index, layer in enumerate(causal_lm.model.layers):
-        reason = layer_reason(layer, causal_lm.config.hidden_act)
+        reason = layer_reason(layer, causal_lm.config.hidden_act, dtype)
         if reason is not None:
             return f"layer {index}: {reason}"
     return None
@@ -333,10 +353,15 @@ def _parts(causal_lm: Any) -> dict[str, str]:
     device = causal_lm.device
     flash = has_flash(device, causal_lm.model.norm.weight.dtype)
     base = type(base_of(causal_lm.model.layers[0].mlp.down_proj)).__name__
-    kernels = "Triton kernels" if has_triton(device) else "plain torch, gradients written out"
+    kernels = "Triton kernels"
+    if not has_triton(device):
+        why = "no CUDA device" if device.type != "cuda" else "Triton wants compute capability 8.0"
+        kernels = f"plain torch, gradients written out ({why})"
     return {
         "projections": f"q/k/v and gate/up fused, base {BASES[base]}; LoRA added by whoever reads the output",
-        "attention": "torch varlen_attn" if flash else "padded inside attention only, blocks of queries",
+        "attention": "torch varlen_attn"
+        if flash
+        else f"padded inside attention only, blocks of queries ({FLASH_WANTS})",
         "norm, rotary, SwiGLU": kernels,
         "loss": f"trained tokens only, in chunks, no logits kept; {kernels}",
     }

@@ -104,16 +104,21 @@ class Nf4Weight:
 
     def __init__(self, parts: Sequence[nn.Linear], dtype: torch.dtype) -> None:
         self.out_features = [part.out_features for part in parts]
-        self._parameters: list[Any] = [part.weight for part in parts]  # with the quant_state that bitsandbytes adds
+        self._parts: list[Any] = list(parts)
         self._shape = (sum(self.out_features), parts[0].in_features)
         self._dtype = dtype
         self.keeps_unpacked = False
         self._unpacked: DenseMatrix | None = None
 
+    @property
+    def parameters(self) -> list[Any]:
+        """The packed parameters as they are now, each with the ``quant_state`` that bitsandbytes adds."""
+        return [part.weight for part in self._parts]
+
     def dense(self) -> Tensor:
         """Unpack every part into its rows of one matrix."""
-        weight_ND = torch.empty(self._shape, dtype=self._dtype, device=self._parameters[0].device)
-        for parameter, rows in zip(self._parameters, weight_ND.split(self.out_features), strict=True):
+        weight_ND = torch.empty(self._shape, dtype=self._dtype, device=self.parameters[0].device)
+        for parameter, rows in zip(self.parameters, weight_ND.split(self.out_features), strict=True):
             _unpack(parameter.data, parameter.quant_state, rows)
         return weight_ND
 
@@ -182,7 +187,7 @@ class Fp8Weight:
 
         self.out_features = [len(weight) for weight in weights]
         self.in_features = weights[0].shape[1]
-        self._dtype = dtype
+        self.dtype = dtype
         self.rows_ND = torch.empty(
             sum(self.out_features), self.in_features, dtype=torch.float8_e4m3fn, device=weights[0].device
         )
@@ -196,8 +201,8 @@ class Fp8Weight:
         self._one_1D = torch.ones(1, self.in_features, dtype=torch.float32, device=weights[0].device)
 
     def dense(self) -> Tensor:
-        """The (N, D) matrix that the rounded weights stand for."""
-        return (self.rows_ND.to(torch.float32) * self.scale_N[:, None]).to(self._dtype)
+        """The (N, D) matrix that the rounded weights stand for, up to the rounding of ``dtype``."""
+        return self.rows_ND.to(self.dtype).mul_(self.scale_N[:, None])
 
     def open(self) -> Matrix:
         """Itself: it is always ready."""
@@ -214,7 +219,7 @@ class Fp8Weight:
             scale_a=scale_T1,
             scale_b=self.scale_N[None],
             bias=bias_N,
-            out_dtype=self._dtype,
+            out_dtype=self.dtype,
             use_fast_accum=True,
         )
 
@@ -228,9 +233,25 @@ class Fp8Weight:
             self._columns_DN.T,
             scale_a=scale_T1,
             scale_b=self._one_1D,
-            out_dtype=self._dtype,
+            out_dtype=self.dtype,
             use_fast_accum=True,
         )
+
+
+def dense_weight(base: Any, dtype: torch.dtype) -> Tensor:
+    """A linear layer's weight as a dense matrix: the parameter itself, or an NF4 one unpacked."""
+    if type(base) is nn.Linear:
+        return base.weight
+    weight_ND = torch.empty(base.out_features, base.in_features, dtype=dtype, device=base.weight.device)
+    _unpack(base.weight.data, base.weight.quant_state, weight_ND)
+    return weight_ND
+
+
+def compute_dtype(base: Any) -> torch.dtype:
+    """The dtype that a base layer's product is taken in."""
+    if isinstance(base, Fp8Linear):
+        return base.group.dtype
+    return cast("torch.dtype", base.weight.dtype if type(base) is nn.Linear else base.compute_dtype)
 
 
 def build_weight(parts: Sequence[nn.Linear], dtype: torch.dtype) -> FrozenWeight:

@@ -29,6 +29,7 @@ from torch import Tensor
 from medcot.engine import step_ops
 from medcot.engine.attention import round_up
 from medcot.engine.decoding import BoundLayer, read_prompts
+from medcot.engine.devices import send
 from medcot.engine.products import Product, ThinProduct, can_be_thin, keep_what_fits
 
 if TYPE_CHECKING:
@@ -86,8 +87,10 @@ class Steps:
         numbers = torch.arange(len(prompts), dtype=torch.int32, device=self.device)
         ids = torch.zeros(len(prompts), dtype=torch.long, device=self.device)
         self.state = step_ops.Rows(ids, starts, torch.zeros_like(starts), numbers)
-        generator = torch.Generator(self.device).manual_seed(seed)
-        self.chances_TB = torch.rand(max_new_tokens, len(prompts), generator=generator, device=self.device)
+        # A row's draws follow from the seed and its number, whatever batch it is in.
+        rows = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+        chances_BT = torch.stack([torch.rand(max_new_tokens, generator=generator) for generator in rows])
+        self.chances_TB = send(chances_BT.T.contiguous(), self.device)
         self._embedding = engine.causal_lm.model.embed_tokens.weight.to(self.device)
 
     def read(self) -> None:
@@ -128,7 +131,8 @@ class Steps:
     def _keep_weights(self, num_rows: int) -> bool:
         """Make weights dense for many rows; whether all of them are."""
         products = [product for layer in self.layers for product in layer.products]
-        if num_rows > THIN_ROWS and any(product.dense_bytes for product in products):
+        thin = all(can_be_thin(projection) for layer in self.engine.layers for projection in layer.projections)
+        if (num_rows > THIN_ROWS or not thin) and any(product.dense_bytes for product in products):
             # Reading the prompts holds about three tensors as wide as the widest output.
             widest = max(sum(product.weight.out_features) for product in products)
             tokens = sum(len(prompt) for prompt in self.prompts)

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from medcot.engine import kernels
-from medcot.engine.lora import Term
+from medcot.engine.terms import Term
 
 # The row tile is Triton's least for a matrix product: the norms want many programs rather than large ones.
 NORM_ROWS, NORM_COLUMNS = 16, 256

@@ -27,8 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from medcot.engine.attention import Attended, Layout, attend
-from medcot.engine.lora import Pairs, Projection, Term, plain_reason
+from medcot.engine.frozen import compute_dtype
+from medcot.engine.lora import Pairs, Projection, base_of, plain_reason
 from medcot.engine.memory import Keep
+from medcot.engine.terms import Term
 
 
 @dataclass(frozen=True)
@@ -318,18 +320,19 @@ class FastLayer:
                 mlp = self._widen(_there(normed_TD), pairs, step, wide)
             return self._mlp_part_backward(mlp, middle_TD, r_T, d_out_TD, pairs, step, wide, narrow)
         del normed_TD  # each tile makes its own
-        total: list[Gradients] = []
+        total: list[Gradients] = []  # in float32: a sum of dozens of 16-bit parts would lose their last bits
         for start in range(0, num_tokens, tile):
             rows = slice(start, start + tile)
             d_TD, gradients = self._mlp_part_backward(
                 None, middle_TD[rows], r_T[rows], d_out_TD[rows], pairs, step, wide, narrow
             )
             d_out_TD[rows] = d_TD  # these rows' own gradient has been read for the last time
-            if total:
-                for sums, new in zip(total, gradients, strict=True):
-                    torch._foreach_add_(sums, new) if sums else None
-            else:
-                total = gradients
+            if not total:
+                total = [[g.float() for g in own] for own in gradients]
+                continue
+            for sums, new in zip(total, gradients, strict=True):
+                if sums:
+                    torch._foreach_add_(sums, [g.float() for g in new])
         return d_out_TD, total
 
     def _mlp_part_backward(
@@ -394,12 +397,15 @@ def window_of(config: Any, index: int) -> int | None:
     return window
 
 
-def layer_reason(layer: nn.Module, hidden_act: str) -> str | None:
+def layer_reason(layer: nn.Module, hidden_act: str, dtype: torch.dtype) -> str | None:
     """Say why a decoder layer must stay on the plain path, or ``None``."""
     if hidden_act not in ("silu", "swish"):
         return f"its activation is {hidden_act}, not SwiGLU's silu"
     for parts, (_, names) in zip(_groups(layer), GROUPS, strict=True):
         reason = plain_reason(parts)
+        computed = {compute_dtype(base_of(part)) for part in parts} if reason is None else {dtype}
+        if computed != {dtype}:
+            reason = f"its products are in {', '.join(map(str, computed))} and the model's norms in {dtype}"
         if reason is not None:
             return f"{'/'.join(names)}: {reason}"
     if any(p.requires_grad for name, p in layer.named_parameters() if "norm" in name):

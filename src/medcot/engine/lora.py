@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from medcot.engine.frozen import FrozenWeight, Matrix, build_weight, fuse_parameters, unknown_storage
+from medcot.engine.terms import Term
 from medcot.errors import ModelError
 
 
@@ -37,35 +38,6 @@ class Adapter:
     A: Tensor
     B: Tensor
     scale: float
-
-
-@dataclass(frozen=True)
-class Term:
-    """A low-rank product that is still to be added to its target.
-
-    Attributes:
-        u_TR: the thin factor.
-        factor: forward, every Bᵢ stacked, (N, r), part i belonging to columns i·r to (i+1)·r of u; backward, A, (R, D).
-        widths: forward, Nᵢ; empty backward.
-    """
-
-    u_TR: Tensor
-    factor: Tensor
-    widths: tuple[int, ...] = ()
-
-    @property
-    def rank(self) -> int:
-        """Columns of u that one part of the target needs."""
-        return self.u_TR.shape[1] // max(len(self.widths), 1)
-
-    def add_to(self, target: Tensor) -> None:
-        """Add the product in place."""
-        if not self.widths:
-            target.addmm_(self.u_TR, self.factor)
-            return
-        us = self.u_TR.split(self.rank, -1)
-        for columns, u, B in zip(target.split(self.widths, -1), us, self.factor.split(self.widths), strict=True):
-            columns.addmm_(u, B.T)
 
 
 @dataclass(frozen=True)

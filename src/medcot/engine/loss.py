@@ -26,6 +26,8 @@ from medcot.engine.frozen import DenseMatrix, Matrix
 CHUNK_TOKENS_CPU = 160
 # A GPU wants large products; 2,048 rows of a 128k vocabulary are 0.53 GB of 16-bit logits.
 CHUNK_TOKENS_GPU = 2048
+# Without Triton the loss works in float32 and makes copies: 10 bytes more a logit.
+CHUNK_TOKENS_PORTABLE = 512
 
 
 class TokenLoss(torch.autograd.Function):
@@ -79,5 +81,7 @@ def token_loss(hidden_TD: Tensor, head: Tensor | Matrix, targets_T: Tensor, chun
         chunk_tokens: tokens whose logits are in memory at a time; ``None`` for what is fast.
     """
     default = CHUNK_TOKENS_CPU if hidden_TD.device.type == "cpu" else CHUNK_TOKENS_GPU
+    if hidden_TD.device.type == "cuda" and not has_triton(hidden_TD.device):
+        default = CHUNK_TOKENS_PORTABLE
     matrix = DenseMatrix(head) if isinstance(head, Tensor) else head
     return TokenLoss.apply(hidden_TD, matrix, targets_T, chunk_tokens or default)

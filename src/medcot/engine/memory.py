@@ -3,9 +3,10 @@
 The engine can keep everything its backward pass reads, or ever less (``Keep``), and can work through long rows in
 pieces (``Memory``). The need is a sum of four: the frozen weights; the adapter with its gradient, moments and 16-bit
 copy; what the layers keep for the tokens of one forward, known line by line because their backward is our own; and the
-most that one layer's backward, or the loss, takes beside that. Against peaks measured on an H200 (Llama 8B's shape,
-NF4, FP8 and 16 bit, 1.6k to 16k tokens a forward) the sum is good to 10 % (bench/RESULTS.md); on a CPU, where the
-process's own memory is counted and nothing says when it is given back, to 25 %.
+most that one layer's backward, or the loss, takes beside that. Against peaks measured on an H200 (Llama 8B's shape in
+NF4 and FP8; tests/engine/test_memory.py has them) the sum is good to 10 % for forwards of 2,000 to 13,000 tokens, and
+13 % low for a single row of 56,000. On a CPU, where the process's own memory is counted and nothing says when it is
+given back, it is a guess.
 
 Axes: D hidden, F intermediate, H and G query and key/value heads, C channels of a head, V vocabulary.
 """
@@ -27,7 +28,8 @@ PROCESS_GB_CPU = 0.9
 # Bytes an adapter weight: itself and its gradient in float32, the copy that is cast for the products, two moments.
 ADAPTER_BYTES = 4 + 4 + 2 + 2
 ADAPTER_BYTES_CPU = 4 + 4 + 2 + 8
-CHUNK_TOKENS = 2048  # of the loss, where none are asked for
+# Of the loss, where none are asked for: Triton's kernels, plain torch on a GPU, a CPU; ``loss.py`` has the reasons.
+CHUNK_TOKENS = {"kernels": 2048, "portable": 512, "cpu": 160}
 # The plain path keeps float32 copies of norms, every cast input of every adapter, and the logits of all tokens.
 PLAIN_PATH_FACTOR = 2.3
 
@@ -182,6 +184,7 @@ def predict_peak_gb(
     memory: Memory = FASTEST,
     fast: bool = True,
     on_cpu: bool = False,
+    kernels: bool = True,
     longest: int = 0,
 ) -> float:
     """GiB at the peak of a training step.
@@ -194,6 +197,7 @@ def predict_peak_gb(
         memory: what the step keeps, and in what pieces it works.
         fast: whether the engine runs the step.
         on_cpu: then the process itself counts too, and the moments are float32.
+        kernels: whether Triton's kernels run; plain torch makes float32 copies on the way.
         longest: tokens of the longest row where attention keeps its probabilities (the portable path), else 0.
     """
     bytes_per_value = 4 if precision == "fp32" else 2
@@ -203,16 +207,22 @@ def predict_peak_gb(
         activations += (
             shape.num_layers * bytes_per_value * (probabilities if probabilities <= KEEP_PROBABILITIES else 0)
         )
+    kernels = kernels and not on_cpu
     working = _working_bytes(shape, precision, tokens, memory, bytes_per_value)
+    if not kernels:
+        working += tokens * 4 * (2 * shape.hidden + shape.intermediate // 2)
     # The loss, before any layer's backward: a chunk's logits, and the hidden states, their copy and gradient.
-    chunk = min(memory.chunk_tokens or CHUNK_TOKENS, tokens)
-    loss = chunk * shape.vocab * (12 if on_cpu else bytes_per_value) + 4 * tokens * shape.hidden * bytes_per_value
+    path = "cpu" if on_cpu else "kernels" if kernels else "portable"
+    chunk = min(memory.chunk_tokens or CHUNK_TOKENS[path], tokens)
+    loss = chunk * shape.vocab * (bytes_per_value if kernels else 12) + 4 * tokens * shape.hidden * bytes_per_value
     if not fast:
         activations = int(activations * PLAIN_PATH_FACTOR) + tokens * shape.vocab * 8
     adapter = adapter_params(shape, rank) * (ADAPTER_BYTES_CPU if on_cpu else ADAPTER_BYTES)
     total = (activations + max(working, loss) + adapter) / GB + weight_gb(shape, precision)
     if memory.unpacked:
         total += body_params(shape) * bytes_per_value / GB
+    if on_cpu and memory.keep is Keep.HOST:  # the host is the same memory
+        total += tokens * activation_bytes_per_token(shape, bytes_per_value, Keep.INPUT) / GB
     if fast and memory.keep is Keep.HOST and not on_cpu:
         total -= shape.vocab * shape.hidden * bytes_per_value / GB  # the input embedding waits on the host
     return total + (PROCESS_GB_CPU if on_cpu else 0.0)

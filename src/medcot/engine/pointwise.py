@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medcot.engine.lora import Term
+from medcot.engine.terms import Term
 
 
 def add_norm(
@@ -115,7 +115,7 @@ def swiglu_grad(
         dh_TF: gradient of the product; it is used up.
         down_term: its low-rank part.
         gate_up_TN: what ``swiglu`` was given.
-        term: the low-rank part of gate and up, where ``keeps_terms`` says that it is still to be added.
+        term: the low-rank part of gate and up, where ``KEEPS_TERMS`` says that it is still to be added.
         wants_h: also return the product itself, computed again.
     """
     assert term is None, "swiglu() has added it"

@@ -95,8 +95,8 @@ class ThinProduct:
     def __init__(self, projection: Projection, dtype: torch.dtype) -> None:
         assert isinstance(projection.weight, Nf4Weight)
         weight = projection.weight
-        states = [parameter.quant_state for parameter in weight._parameters]
-        self.words = [p.data.view(torch.uint8).flatten().view(torch.int32) for p in weight._parameters]
+        states = [parameter.quant_state for parameter in weight.parameters]
+        self.words = [p.data.view(torch.uint8).flatten().view(torch.int32) for p in weight.parameters]
         self.scales = torch.cat([unpack_scales(state) for state in states])
         self.code = states[0].code.float().contiguous()
         self.widths = list(weight.out_features)
@@ -130,7 +130,7 @@ def can_be_thin(projection: Projection) -> bool:
     weight = projection.weight
     if not isinstance(weight, Nf4Weight) or base_of(projection.parts[0]).in_features % SCALE_BLOCK:
         return False
-    states = [parameter.quant_state for parameter in weight._parameters]
+    states = [parameter.quant_state for parameter in weight.parameters]
     return all(state.quant_type == "nf4" and state.blocksize == SCALE_BLOCK for state in states)
 
 

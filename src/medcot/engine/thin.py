@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 
 from medcot.engine import thin_kernels
-from medcot.engine.lora import Term
+from medcot.engine.terms import Term
 
 SUM_BLOCK, SUM_AT_ONCE = 512, 8
 MAX_PARTS = 3

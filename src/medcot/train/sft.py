@@ -162,7 +162,10 @@ def train(
     on_host = plan.memory.keep is Keep.HOST and engine is not None
     counter = Counter()
     started_s = time.monotonic()
-    with quiet_libraries(), engine.table_on_host() if engine and on_host else contextlib.nullcontext():
+    with quiet_libraries(), contextlib.ExitStack() as training:
+        if engine is not None:
+            training.enter_context(engine.table_on_host() if on_host else contextlib.nullcontext())
+            training.callback(engine.give_back)  # first, so that there is room for the table
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # what was asked before is not training's memory
         if resume_from is not None and step_of(resume_from) >= plan.num_steps:
@@ -172,8 +175,6 @@ def train(
             trainer.add_callback(_Reporter(counter, device, on_step))
             started_s = time.monotonic()
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    if engine is not None:
-        engine.give_back()
     seconds = time.monotonic() - started_s
     history = counter.history
     tokens, trained_tokens = ranks.add_up([counter.tokens, counter.trained_tokens])

@@ -86,9 +86,15 @@ class ReasoningTrainer(SFTTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the optimizer: 8-bit AdamW in one launch, or what transformers has by the plan's name."""
-        if self.optimizer is None and self._plan.optimizer == "adamw_8bit":
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            self.optimizer = FlatAdamW8bit(trained, self._plan.learning_rate, weight_decay=self._plan.weight_decay)
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        # Biases may be trained in the base's own 16 bit; bitsandbytes' optimizer takes them one by one.
+        in_float32 = all(p.dtype == torch.float32 for p in trained.values())
+        if self.optimizer is None and self._plan.optimizer == "adamw_8bit" and in_float32:
+            biases = [p for name, p in trained.items() if name.endswith("bias")]
+            weights = [p for name, p in trained.items() if not name.endswith("bias")]
+            groups = [{"params": weights}, {"params": biases, "weight_decay": 0.0}]
+            decay = self._plan.weight_decay
+            self.optimizer = FlatAdamW8bit(groups, self._plan.learning_rate, weight_decay=decay)
             return self.optimizer
         return super().create_optimizer(model)
 

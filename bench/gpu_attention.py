@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from medcot.engine import flash, flash_kernels, reference
+import medcot.engine.reference as reference
+from medcot.engine import flash, flash_kernels
 from medcot.engine.attention import FlashAttended, Layout, build_layout
 from medcot.engine.flash import Problem, Tiling, Tilings, TritonAttended
 

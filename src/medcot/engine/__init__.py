@@ -207,7 +207,9 @@ class Engine:
         return self.causal_lm.lm_head(hidden_TD)
 
 
-FLASH_WANTS = "varlen_attn wants CUDA, 16 bit and compute capability 8.0"
+PADDED_ATTENTION = (
+    "padded inside attention only, blocks of queries (varlen_attn wants CUDA, 16 bit and compute capability 8.0)"
+)
 # What a base layer's class says about how its weights are held.
 BASES = {
     "Linear": "dense",
@@ -359,9 +361,7 @@ def _parts(causal_lm: Any) -> dict[str, str]:
         kernels = f"plain torch, gradients written out ({why})"
     return {
         "projections": f"q/k/v and gate/up fused, base {BASES[base]}; LoRA added by whoever reads the output",
-        "attention": "torch varlen_attn"
-        if flash
-        else f"padded inside attention only, blocks of queries ({FLASH_WANTS})",
+        "attention": "torch varlen_attn" if flash else PADDED_ATTENTION,
         "norm, rotary, SwiGLU": kernels,
         "loss": f"trained tokens only, in chunks, no logits kept; {kernels}",
     }

@@ -275,8 +275,9 @@ def test_draws_depend_on_the_seed_alone() -> None:
 def quantise(projection: Projection, dtype: torch.dtype) -> None:
     """Give a group NF4 weights, and its plain modules what they stand for."""
     bases = [base_of(part) for part in projection.parts]
+    packed: list[Any] = [SimpleNamespace(weight=twin.quantise(base.weight.data)) for base in bases]
     weight = Nf4Weight(bases, dtype)
-    weight._parameters = [twin.quantise(base.weight.data) for base in bases]
+    weight._parts = packed
     for base, rows in zip(bases, weight.dense().split(weight.out_features), strict=True):
         base.weight.data = rows.clone()
     projection.weight = weight

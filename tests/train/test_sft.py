@@ -361,3 +361,12 @@ def test_trained_biases_in_16_bit_have_an_optimizer(base_model, tokenizer, tmp_p
     assert any(p.dtype == torch.bfloat16 for p in model.parameters() if p.requires_grad)
     _, logged, _ = _train(model, tokenizer, tmp_path, fast=False, optimizer="adamw_8bit", num_steps=2)
     assert len(logged) == 2
+
+
+def test_the_8_bit_optimizer_resumes_from_a_checkpoint(base_model, tokenizer, tmp_path):
+    settings = {"num_steps": 4, "optimizer": "adamw_8bit", "save_steps": 2, "learning_rate": 1e-3}
+    whole, _, _ = _train(base_model, tokenizer, tmp_path / "whole", **settings)
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    resumed, _, _ = _train(base_model, tokenizer, tmp_path / "again", resume_from=checkpoint, **settings)
+    wanted, got = whole.state_dict(), resumed.state_dict()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted if "lora_" in name)

@@ -251,7 +251,10 @@ def compute_dtype(base: Any) -> torch.dtype:
     """The dtype that a base layer's product is taken in."""
     if isinstance(base, Fp8Linear):
         return base.group.dtype
-    return cast("torch.dtype", base.weight.dtype if type(base) is nn.Linear else base.compute_dtype)
+    if type(base) is nn.Linear:
+        return base.weight.dtype
+    chosen = base.compute_dtype or base.weight.quant_state.dtype  # bitsandbytes settles it at the first input
+    return cast("torch.dtype", chosen)
 
 
 def build_weight(parts: Sequence[nn.Linear], dtype: torch.dtype) -> FrozenWeight:

@@ -57,7 +57,7 @@ MEMORIES: dict[Checkpointing, tuple[Memory, ...]] = {
 # Where the base is in 4 bit and the card has room for it in 16 bit too.
 UNPACKED = Memory(Keep.ALL, unpacked=True)
 # Time of a step against one that keeps everything, and the tokens that a forward's fixed cost (launches, unpacking NF4)
-# is worth; measured on an H200 with Llama 8B's shape.
+# is worth, for Llama 8B's shape on an H200: INPUT as bench/gpu_sft.py measured it, the others reckoned from it.
 RELATIVE_TIME = {Keep.ALL: 1.0, Keep.LEAN: 1.03, Keep.INPUT: 1.3, Keep.HOST: 1.35}
 OVERHEAD_TOKENS = 400
 

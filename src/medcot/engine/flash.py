@@ -2,7 +2,8 @@
 
 ``TritonAttended`` stands in the same place as ``attention.FlashAttended``: the same call, the same gradients. The
 essay of ``flash_kernels.py`` says what it does differently. Here are the tables that tell each program its tile, and
-the tile sizes, which bench/gpu_attention.py chose on an H200. Triton is imported when a kernel is first called.
+the tile sizes, chosen by registers and shared memory alone until bench/gpu_attention.py has timed them. Triton is
+imported when a kernel is first called. No forward uses this module before that has shown that it pays.
 
 Axes: T tokens of all rows; H query heads; G key/value heads; N = H + 2G; C channels; M = T·H/G, a token's H/G heads
 side by side; B rows; I tiles.

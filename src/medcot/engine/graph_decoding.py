@@ -88,7 +88,8 @@ class Steps:
         ids = torch.zeros(len(prompts), dtype=torch.long, device=self.device)
         self.state = step_ops.Rows(ids, starts, torch.zeros_like(starts), numbers)
         # A row's draws follow from the seed and its number, whatever batch it is in.
-        rows = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+        # Neighbouring seeds share no row's draws.
+        rows = [torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63) for row in range(len(prompts))]
         chances_BT = torch.stack([torch.rand(max_new_tokens, generator=generator) for generator in rows])
         self.chances_TB = send(chances_BT.T.contiguous(), self.device)
         self._embedding = engine.causal_lm.model.embed_tokens.weight.to(self.device)

@@ -3,7 +3,8 @@
 ``thin_gradients`` stands for ``Pairs.thin_gradient`` and the dB of ``Pairs.gradients``, which read the gradient of a
 group's outputs once each. ``swiglu`` and ``swiglu_grad`` stand for those of ``launch.py`` and also return thin products
 of what passes through them: the down projection's u, its dA, and du and dB of gate and up. Each product that is asked
-for there spares a pass over a (T, F) or (T, 2F) tensor. Which of these pay is measured by ``bench/gpu_thin.py``.
+for there spares a pass over a (T, F) or (T, 2F) tensor. Which of these pay ``bench/gpu_thin.py`` has yet to say; no forward
+uses them before.
 
 All sums are float32 and in a fixed order. float32 operands are multiplied in full, for tests: such products have no
 matrix instructions, and the tiles are small.
@@ -99,7 +100,7 @@ def thin_gradients(
         u_TR: what the forward kept, contiguous.
         B_Nr: every s·Bᵢ, stacked, as ``Pairs.stacked_Nr``.
         widths: Nᵢ, three at most.
-        tiles: ``None`` for those that were best on an H200.
+        tiles: ``None`` for those chosen by registers and bytes moved; bench/gpu_thin.py has yet to time them.
 
     Returns:
         du (T, R), and dB/s (N, r), both in the gradient's dtype.
@@ -133,7 +134,7 @@ def swiglu(
         gate_up_TN: the fused (T, 2F) output of gate and up, contiguous; it stays as it was.
         term: its low-rank part.
         A_RF: the down projection's A.
-        tiles: ``None`` for those that were best on an H200.
+        tiles: ``None`` for those chosen by registers and bytes moved; bench/gpu_thin.py has yet to time them.
 
     Returns:
         The product h (T, F), and u (T, R) or ``None``.
@@ -174,7 +175,7 @@ def swiglu_grad(
         wants_h: return the product, computed again.
         wants_du: return du and dB of gate and up; ``term`` must be given.
         wants_dA: return dA of the down projection; ``down_term`` must be given.
-        tiles: ``None`` for those that were best on an H200.
+        tiles: ``None`` for those chosen by registers and bytes moved; bench/gpu_thin.py has yet to time them.
     """
     (num_rows, width), rank = dh_TF.shape, term.rank if term else 0
     rank_down = down_term.rank if down_term else 0

@@ -96,6 +96,8 @@ class ReasoningTrainer(SFTTrainer):
             decay = self._plan.weight_decay
             self.optimizer = FlatAdamW8bit(groups, self._plan.learning_rate, weight_decay=decay)
             return self.optimizer
+        if self._plan.optimizer == "adamw_8bit" and not in_float32:
+            self._budget.announce("biases train in 16 bit: 8-bit AdamW takes the weights one by one, which is slower")
         return super().create_optimizer(model)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:

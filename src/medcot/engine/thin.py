@@ -3,8 +3,8 @@
 ``thin_gradients`` stands for ``Pairs.thin_gradient`` and the dB of ``Pairs.gradients``, which read the gradient of a
 group's outputs once each. ``swiglu`` and ``swiglu_grad`` stand for those of ``launch.py`` and also return thin products
 of what passes through them: the down projection's u, its dA, and du and dB of gate and up. Each product that is asked
-for there spares a pass over a (T, F) or (T, 2F) tensor. Which of these pay ``bench/gpu_thin.py`` has yet to say; no forward
-uses them before.
+for there spares a pass over a (T, F) or (T, 2F) tensor. Which of these pay ``bench/gpu_thin.py`` has yet to say; no
+forward uses them before.
 
 All sums are float32 and in a fixed order. float32 operands are multiplied in full, for tests: such products have no
 matrix instructions, and the tiles are small.

@@ -125,6 +125,7 @@ def compile_all(case: Case, grid: Jobs) -> Broken:
     run = calls(case)
 
     def attempt(job: tuple[str, Tiling]) -> bool:
+        torch.ones(1, device=CUDA)  # a thread has no context before its first kernel, and Triton asks for none
         with torch.cuda.device(CUDA):
             try:
                 run[job[0]](job[1])

@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("override", nargs="*", help="further key=value of the recipe")
     parser.add_argument("--processes", default="1,2", help="numbers of processes, by commas")
     parser.add_argument("--save", action="store_true", help="add the result to bench/RESULTS.md")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     overrides = [f"model.source={options.model}", f"data.source={options.rows}", "data.config=null"]
     overrides += ["evaluate.source=null", "ask.max_new_tokens=1", "tracking.tracker=none"]
     overrides += ["train.logging_steps=1", "train.save_steps=null", *options.override]

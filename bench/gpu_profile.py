@@ -37,8 +37,8 @@ UNMATCHED = "other"
 # The first that matches a kernel's name. nvjet_ is cuBLAS on Hopper, with a letter an operand: q is FP8, t is bf16.
 CLASSES = {
     "memory copies and fills": r"^mem(cpy|set)",
-    "attention, backward": r"(flash|fmha|mha).*bwd|attention_backward",
-    "attention, forward": r"flash|fmha|mha_fwd|attention",
+    "attention, backward": r"(flash|fmha|mha).*bwd|attention_backward|^(query|key)_grad_kernel",
+    "attention, forward": r"flash|fmha|mha_fwd|attention|^attend_kernel",
     "NF4 unpacking": r"unpack_nf4|dequantize",
     "FP8 quantising": r"quantise_rows|quantize_rows|quantise.*fp8",
     "loss": r"cross_entropy|softmax|nll_loss",
@@ -48,7 +48,7 @@ CLASSES = {
     "optimizer, clipping": r"koptimizer|kprecondition|multi_tensor|adam|lpnorm",
     "products, FP8": r"e4m3|e5m2|float8|nvjet_(sm\d+_)?q|scaled_mm",
     "products, thin (LoRA)": (
-        r"nvjet_(sm\d+_)?[a-z]+_(\d{1,2}x\d+|\d+x\d{1,2})_|splitk|gemv|tilesize(\d{1,2}x\d+|\d+x\d{1,2})(x|_)"
+        r"^thin_|nvjet_(sm\d+_)?[a-z]+_(\d{1,2}x\d+|\d+x\d{1,2})_|splitk|gemv|tilesize(\d{1,2}x\d+|\d+x\d{1,2})(x|_)"
         r"|gemm_\w*?bf16_(\d{1,2}x\d+|\d+x\d{1,2})_"
     ),
     "products, 16-bit": r"nvjet|gemm|cutlass|xmma|aten::(mm|addmm|bmm|matmul|linear)",

@@ -62,7 +62,7 @@ CASES = {
     "tutorial-2x4": Case("tutorial-2x4", "nf4", (8,), split=2, checkpointing="offload"),
     "best-bf16": Case("best-bf16", "bf16", (8, 20)),
     "fp8-8": Case("fp8", "fp8", (8,)),
-    "fp8-20": Case("fp8", "fp8", (20,)),
+    "best-fp8": Case("fp8", "fp8", (20, 32)),
 }
 
 

@@ -176,14 +176,18 @@ def _peer_entries(run: dict[str, Any]) -> list[Entry]:
 
 
 def best_peers(goal: Goal, found: Found) -> list[tuple[Entry, bool]]:
-    """The best entry of each peer, best first, and whether it was measured in these files."""
-    candidates: dict[str, tuple[Entry, bool]] = {entry.name: (entry, False) for entry in goal.peers}
+    """The best entry of each peer, best first, and whether it was measured in these files.
+
+    A figure from before gives way to one of these files at the same settings, and to any that is better.
+    """
     measured = found.peers.get(goal.key, [])
+    again = {(entry.name, entry.settings) for entry in measured}
+    known = [(entry, True) for entry in measured]
+    known += [(entry, False) for entry in goal.peers if (entry.name, entry.settings) not in again]
     sign = -1 if goal.lower_is_better else 1
-    for name in dict.fromkeys(entry.name for entry in measured):
-        best = max((entry for entry in measured if entry.name == name), key=lambda entry: sign * entry.value)
-        candidates[name] = (best, True)
-    return sorted(candidates.values(), key=lambda pair: -sign * pair[0].value)
+    ranked = sorted(known, key=lambda pair: -sign * pair[0].value)
+    names = dict.fromkeys(entry.name for entry, _ in ranked)
+    return [next(pair for pair in ranked if pair[0].name == name) for name in names]
 
 
 def quantity(line: dict[str, Any], goal: Goal) -> float | None:
@@ -302,8 +306,8 @@ def main() -> None:
     print(text)
     if options.save:
         machines = list(dict.fromkeys(str(entry["machine"]) for entry in found.provenance))
-        if len(machines) != 1:
-            parser.error(f"--save wants the lines of one machine; these are of {machines}")
+        if len({machine.split(";")[0] for machine in machines}) != 1:
+            parser.error(f"--save wants the lines of one kind of GPU; these are of {machines}")
         met = [is_met(goal, best_ours(goal, found, WHOLE)) for goal in GOALS]
         save_result("gpu_table", machines[0], f"{met.count('yes')} of {len(GOALS)} figures met", text)
 

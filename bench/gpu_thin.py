@@ -1,10 +1,10 @@
-"""LoRA's thin products on one GPU: the one-pass kernels of engine/thin.py against today's, over a grid of tiles.
+"""LoRA's thin products and SwiGLU on one GPU: the one-pass kernels of engine/thin.py over a grid of tiles.
 
 The shapes are those of a step of the tutorial's job on a Llama of 8B: 6,352 tokens, rank 16, bfloat16. Every call is
 recorded a few times over into a CUDA graph, on operands of its own each time where they are smaller than the cache, so
 that neither launches nor the cache's memory of the last call are in the figures. TB/s counts what a call cannot avoid:
-each wide operand once. The last column is what a call saves against the library's products, or today's kernel, that it
-makes needless: the figure to choose by.
+each wide operand once. The last column is what a call saves against the library's products that it makes needless, or
+against the tiles as they are chosen.
 
     python bench/gpu_thin.py                      # all, under 40 s
     python bench/gpu_thin.py --only thin --tokens 25600
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medcot.engine import launch, thin
+from medcot.engine import pointwise, thin
 from medcot.engine.lora import Adapter, Pairs, Term, cast_adapters
 from medcot.engine.thin import Tiles
 from results import format_table
@@ -135,10 +135,7 @@ def thin_rows(group: str, num_rows: int, rank: int) -> list[list[str]]:
     assert B is not None
 
     def plain(index: int) -> None:
-        dy = dys[index % len(dys)]
-        pairs.thin_gradient(dy)
-        for part, own in zip(dy.split(widths, -1), u.split(rank, -1), strict=True):
-            part.T @ own
+        pointwise.thin_gradients(dys[index % len(dys)], u, B, widths)
 
     before = measure(plain)
     rows = [[group, "cuBLAS", *Figure(before, num_bytes).cells, ""]]
@@ -196,54 +193,40 @@ class Mlp:
         """Of a (T, F) tensor."""
         return self.dh.numel() * self.dh.element_size()
 
-    def library(self) -> dict[str, float]:
-        """Microseconds of the products that the kernels can take over."""
-        rank = self.du_down.shape[1]
 
-        def thin_pair(_: int) -> None:
-            self.pairs.thin_gradient(self.gate_up)
-            for part, own in zip(self.gate_up.split(WIDE, -1), self.u.split(rank, -1), strict=True):
-                part.T @ own
+def swiglu_rows(mlp: Mlp) -> list[list[str]]:
+    """SwiGLU's forward."""
 
-        return {
-            "u": measure(lambda _: self.dh @ self.down.A_RD.T),
-            "du, dB": measure(thin_pair),
-            "dA": measure(lambda _: self.du_down.T @ self.dh),
-        }
+    def ours(tiles: Tiles | None, _: int) -> None:
+        thin.swiglu(mlp.gate_up, mlp.term, tiles)
+
+    return grid_rows("SwiGLU", ours, SWIGLU, 3 * mlp.num_bytes, len(mlp.dh))
 
 
-def swiglu_rows(mlp: Mlp, library: dict[str, float]) -> list[list[str]]:
-    """SwiGLU's forward, alone and with the down projection's u."""
-    num_bytes, num_rows = 3 * mlp.num_bytes, len(mlp.dh)
-    today = measure(lambda _: launch.swiglu(mlp.gate_up, mlp.term))
-    rows = [["SwiGLU", "today", *Figure(today, num_bytes).cells, ""]]
+def swiglu_grad_rows(mlp: Mlp) -> list[list[str]]:
+    """SwiGLU's gradient, alone and with the down projection's dA, which the library needs a product for."""
 
-    def ours(A: Tensor | None, tiles: Tiles | None, _: int) -> None:
-        thin.swiglu(mlp.gate_up, mlp.term, A, tiles)
+    def ours(down: Term | None, tiles: Tiles | None, _: int) -> None:
+        thin.swiglu_grad(mlp.dh, down, mlp.gate_up, mlp.term, tiles)
 
-    for A, what, spared in ((None, "SwiGLU", 0.0), (mlp.down.A_RD, "SwiGLU + u", library["u"])):
-        for tiles in (None, *SWIGLU):
-            micro = attempt(partial(ours, A, tiles))
-            label = name(tiles, num_rows, -(-WIDE // tiles.columns)) if tiles else "as chosen"
-            rows.append(compared(what, label, micro, num_bytes, today + spared))
-    return rows
-
-
-def swiglu_grad_rows(mlp: Mlp, library: dict[str, float]) -> list[list[str]]:
-    """SwiGLU's gradient, alone and with the thin products of what it makes."""
     num_bytes, num_rows = 5 * mlp.num_bytes, len(mlp.dh)
-    operands = (mlp.dh, mlp.down_term, mlp.gate_up, mlp.term)
-    today = measure(lambda _: launch.swiglu_grad(*operands, wants_h=False))
-    rows = [["gradient", "today", *Figure(today, num_bytes).cells, ""]]
+    dA = measure(lambda _: mlp.du_down.T @ mlp.dh)
+    return [
+        *grid_rows("gradient", partial(ours, None), SWIGLU_GRAD, num_bytes, num_rows),
+        ["dA", "cuBLAS", *Figure(dA, mlp.num_bytes).cells, ""],
+        *grid_rows("gradient + dA", partial(ours, mlp.down_term), SWIGLU_GRAD, num_bytes, num_rows),
+    ]
 
-    def ours(wants: tuple[str, ...], tiles: Tiles | None, _: int) -> None:
-        thin.swiglu_grad(*operands, wants_h=False, wants_du="du" in wants, wants_dA="dA" in wants, tiles=tiles)
 
-    for wants, spared in (((), 0.0), (("dA",), library["dA"]), (("du", "dA"), library["dA"] + library["du, dB"])):
-        for tiles in (None, *SWIGLU_GRAD):
-            micro = attempt(partial(ours, wants, tiles))
-            label = name(tiles, num_rows, -(-WIDE // tiles.columns)) if tiles else "as chosen"
-            rows.append(compared(" + ".join(("gradient", *wants)), label, micro, num_bytes, today + spared))
+def grid_rows(
+    what: str, ours: Callable[[Tiles | None, int], None], grid: Sequence[Tiles], num_bytes: int, num_rows: int
+) -> list[list[str]]:
+    """The tiles as chosen, and each of a grid."""
+    chosen = measure(partial(ours, None))
+    rows = [[what, "as chosen", *Figure(chosen, num_bytes).cells, ""]]
+    for tiles in grid:
+        label = name(tiles, num_rows, -(-WIDE // tiles.columns))
+        rows.append(compared(what, label, attempt(partial(ours, tiles)), num_bytes, chosen))
     return rows
 
 
@@ -263,11 +246,9 @@ def main() -> None:
     if args.only == "thin":
         return
     mlp = Mlp.build(args.tokens, args.rank)
-    library = mlp.library()
-    print("the library's products: " + ", ".join(f"{what} {micro:.1f} µs" for what, micro in library.items()))
     for kind, rows_of in (("swiglu", swiglu_rows), ("gradient", swiglu_grad_rows)):
         if args.only in (None, kind):
-            print(format_table(header, rows_of(mlp, library)), flush=True)
+            print(format_table(header, rows_of(mlp)), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medcot.engine import reference
+from medcot.engine import pointwise, reference
 from medcot.engine.attention import attend
 from medcot.engine.layers import LayerPairs
 from medcot.engine.lora import Adapter, Projection, Term, cast_adapters
@@ -219,15 +219,12 @@ def swiglu_pair(ops: Any) -> Operation:
 
     def forward(gate_up: Tensor, *low: Tensor) -> tuple[Tensor, Any]:
         term = _term(low, [gate_up.shape[1] // 2] * 2)
-        product = ops.swiglu(gate_up, term)
-        return product, (gate_up, product, term if ops.KEEPS_TERMS else None, low)
+        return ops.swiglu(gate_up, term), (gate_up, term if ops.KEEPS_TERMS else None, low)
 
     def backward(kept: Any, d_out: Tensor) -> list[Tensor]:
-        gate_up, product, term, low = kept
-        d, again = ops.swiglu_grad(d_out.clone(), None, gate_up, term, wants_h=True)
-        assert largest(again.float(), product.float()) <= (FP32 if again.dtype == torch.float32 else 1e-2)
-        alone, nothing = ops.swiglu_grad(d_out, None, gate_up, term, wants_h=False)
-        assert nothing is None and torch.equal(alone, d)
+        gate_up, term, low = kept
+        d, nothing = ops.swiglu_grad(d_out.clone(), None, gate_up, term)
+        assert nothing is None
         return [d, *_low_rank_gradients(low, d, [d_out.shape[1]] * 2)]
 
     return raw_pair(forward, backward)
@@ -243,14 +240,14 @@ def mlp_pair(ops: Any) -> Operation:
     def forward(gate_up: Tensor, u: Tensor, B: Tensor, W: Tensor, A: Tensor, B_down: Tensor) -> tuple[Tensor, Any]:
         term = Term(u, B, (gate_up.shape[1] // 2,) * 2)
         h = ops.swiglu(gate_up, term)
-        return h @ W.T + (h @ A.T) @ B_down.T, (gate_up, term, W, A, B_down)
+        return h @ W.T + (h @ A.T) @ B_down.T, (gate_up, term, h, W, A, B_down)
 
     def backward(kept: Any, d_out: Tensor) -> list[Tensor]:
-        gate_up, term, W, A, B_down = kept
-        du = d_out @ B_down
-        d, h = ops.swiglu_grad(d_out @ W, Term(du, A), gate_up, term if ops.KEEPS_TERMS else None, wants_h=True)
+        gate_up, term, h, W, A, B_down = kept
+        du, dB_down = ops.thin_gradients(d_out.contiguous(), h @ A.T, B_down, [len(B_down)])
+        d, dA = ops.swiglu_grad(d_out @ W, Term(du, A), gate_up, term if ops.KEEPS_TERMS else None)
         own = _low_rank_gradients((term.u_TR, term.factor), d, term.widths)
-        return [d, *own, d_out.T @ h, du.T @ h, d_out.T @ (h @ A.T)]
+        return [d, *own, d_out.T @ h, dA, dB_down]
 
     return raw_pair(forward, backward)
 
@@ -285,10 +282,10 @@ def projection_pair(projection: Projection, scale: float, *, adapted: bool = Tru
         dx = projection.weight.open().multiply_back(dy)
         if pairs is None:
             return [dx]
-        du = pairs.thin_gradient(dy)
+        du, dBs = pairs.thin_gradients(dy, u, pointwise)
         Term(du, pairs.A_RD).add_to(dx)
         block = GradientBlock(adapters)
-        block.put(pairs.gradients(dy, x, u, du), LayerPairs(pairs, None, None, None))
+        block.put(pairs.in_order(du.T @ x, dBs), LayerPairs(pairs, None, None, None))
         return [dx, *block.parts]
 
     return raw_pair(forward, backward)

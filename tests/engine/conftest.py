@@ -1,4 +1,6 @@
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,3 +14,19 @@ def poisoned() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def loops_over_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6's interpreter turns a loop's bounds into numbers in a way that NumPy 2.4 no longer allows."""
+    if "TRITON_INTERPRET" not in os.environ:
+        return
+    from triton.runtime import interpreter
+
+    before = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        before(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)

@@ -90,21 +90,6 @@ def test_rotation_and_back(
     assert_close([launch.rotate_back(*parts, cos, sin)], [pointwise.rotate_back(*parts, cos, sin)])
 
 
-@pytest.mark.parametrize("wants_h", [False, True])
-@pytest.mark.parametrize("rank", [None, 4, 20])
-@pytest.mark.parametrize("num_rows", ROWS)
-def test_swiglu_and_its_gradient(launch: Any, num_rows: int, rank: int | None, wants_h: bool) -> None:
-    width = 150
-    gate_up, dh = randn(num_rows, 2 * width), randn(num_rows, width, seed=1)
-    term = make_term(num_rows, (width, width), rank) if rank else None
-    down = make_back_term(num_rows, width, rank + 1) if rank else None
-    added = gate_up.clone()
-    wanted = pointwise.swiglu(added, term)
-    assert_close([launch.swiglu(gate_up, term)], [wanted])
-    got = launch.swiglu_grad(dh, down, gate_up, term, wants_h=wants_h)
-    assert_close(got, pointwise.swiglu_grad(dh.clone(), down, added, None, wants_h=wants_h))
-
-
 @pytest.mark.parametrize("vocabulary", [5, 97, 9000])
 def test_cross_entropy(launch: Any, vocabulary: int) -> None:
     logits = (10 * randn(6, vocabulary)).requires_grad_()

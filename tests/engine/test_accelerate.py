@@ -103,7 +103,7 @@ MEMORIES = {
     "input": Memory(Keep.INPUT),
     "tiles": Memory(Keep.INPUT, tile_tokens=32, chunk_tokens=7),
     "host": Memory(Keep.HOST),
-    "host-tiles": Memory(Keep.HOST, tile_tokens=16),
+    "host-tiles": Memory(Keep.HOST, tile_tokens=16, one_weight=True),
 }
 
 

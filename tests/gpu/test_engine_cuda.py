@@ -190,9 +190,9 @@ def test_offsets_beyond_what_32_bits_count(launch: ModuleType) -> None:
     gate_up[-40:] = last
     product = launch.swiglu(gate_up)
     assert torch.equal(product[-40:], launch.swiglu(last)) and torch.equal(product[:40], launch.swiglu(gate_up[:40]))
-    d, h = launch.swiglu_grad(product, None, gate_up, None, wants_h=True)
-    wanted, again = launch.swiglu_grad(product[-40:].clone(), None, last, None, wants_h=True)
-    assert torch.equal(d[-40:], wanted) and torch.equal(h[-40:], again) and torch.equal(h[-40:], product[-40:])
+    wanted, _ = launch.swiglu_grad(product[-40:].clone(), None, last, None)
+    d, _ = launch.swiglu_grad(product, None, gate_up, None)
+    assert torch.equal(d[-40:], wanted)
 
 
 @needs_triton
@@ -596,7 +596,7 @@ def test_out_of_memory(lengths: list[int], share: float) -> None:
     small = batch(lengths[:1]), SMALLEST if alone else FASTEST
     low, _, _ = _peak(lambda: forward_backward(*small), model)
     high, wanted_loss, wanted = _peak(lambda: forward_backward(batch(lengths), FASTEST), model)
-    assert high > 1.3 * low
+    assert high > 1.2 * low
     said: list[str] = []
     budget = Budget(FASTEST, SMALLEST, announce=said.append)
     torch.cuda.empty_cache()

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from medcot.engine import pointwise
 from medcot.engine.attention import SHAPE_STEP, build_layout
 from medcot.engine.devices import has_flash, has_fp8, has_triton, send
+from medcot.engine.flash import is_made_for
 from medcot.engine.forward import install, remove
 from medcot.engine.frozen import FP8_STEP, Fp8Linear, Fp8Weight, Matrix, Nf4Weight, dense_weight
 from medcot.engine.layers import FAMILIES, GROUPS, FastLayer, LayerPairs, Step, layer_reason, window_of
@@ -123,6 +124,7 @@ class Engine:
             ops=self.ops,
             keep=memory.keep,
             tile_tokens=memory.tile_tokens,
+            one_weight=memory.one_weight,
         )
         self._set_unpacked(memory.unpacked)
         groups = [projection.adapters() for layer in self.layers for projection in layer.projections]
@@ -353,7 +355,11 @@ def _trains(module: nn.Module) -> bool:
 
 def _parts(causal_lm: Any) -> dict[str, str]:
     device = causal_lm.device
-    flash = has_flash(device, causal_lm.model.norm.weight.dtype)
+    dtype = causal_lm.model.norm.weight.dtype
+    attention = "torch varlen_attn" if has_flash(device, dtype) else PADDED_ATTENTION
+    heads = causal_lm.model.layers[0].self_attn
+    if is_made_for(device, dtype, heads.head_dim, heads.num_key_value_groups):
+        attention = "flash attention of medcot's own for Hopper (Triton kernels)"
     base = type(base_of(causal_lm.model.layers[0].mlp.down_proj)).__name__
     kernels = "Triton kernels"
     if not has_triton(device):
@@ -361,7 +367,7 @@ def _parts(causal_lm: Any) -> dict[str, str]:
         kernels = f"plain torch, gradients written out ({why})"
     return {
         "projections": f"q/k/v and gate/up fused, base {BASES[base]}; LoRA added by whoever reads the output",
-        "attention": "torch varlen_attn" if flash else PADDED_ATTENTION,
+        "attention": attention,
         "norm, rotary, SwiGLU": kernels,
         "loss": f"trained tokens only, in chunks, no logits kept; {kernels}",
     }

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from medcot.engine.devices import has_flash, send
+from medcot.engine.flash import TritonAttended, fits
 
 # Queries are taken this many at a time: a block's scores then fit the L2 cache, and half the square is never computed.
 QUERY_BLOCK = 256
@@ -158,8 +159,12 @@ def attend(heads_TNC: Tensor, layout: Layout, num_kv: int, window: int | None) -
     Returns:
         (T, H, C), and the state, whose ``gradients`` gives those of q, k and v.
     """
-    state = FlashAttended if has_flash(heads_TNC.device, heads_TNC.dtype) else PaddedAttended
-    return state.attend(heads_TNC, layout, num_kv, window)
+    state: Any = PaddedAttended
+    if fits(heads_TNC, num_kv):
+        state = TritonAttended
+    elif has_flash(heads_TNC.device, heads_TNC.dtype):
+        state = FlashAttended
+    return cast("tuple[Tensor, Attended]", state.attend(heads_TNC, layout, num_kv, window))
 
 
 class Attended(Protocol):

@@ -43,8 +43,10 @@ import triton.language as tl
 # The numbers of tokens differ from batch to batch; specialising on them would compile a kernel again in mid-training.
 _PER_BATCH = ["num_tokens", "window"]
 # Stands for a score of minus infinity: a query whose first tiles are all hidden gets wrong sums of finite values, which
-# the first score it does see (its own key's at the latest) multiplies by exp(-1e30) = 0; infinity would give NaN.
-_HIDDEN = tl.constexpr(-1e30)
+# the first score it does see (its own key's at the latest) multiplies by exp(-2¹⁰⁰) = 0; infinity would give NaN.
+# A power of two, because the compiler fuses ``s * scale - highest`` into one rounding: of any other number the product
+# and its rounded self, the maximum, would differ by 1e22, and exp2 of that is infinite.
+_HIDDEN = tl.constexpr(-(2.0**100))
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 

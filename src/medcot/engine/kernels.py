@@ -12,6 +12,7 @@ SwiGLU, unpacking 4-bit weights. All of these only move bytes, so the kernels he
 - NF4 is unpacked at the copy's speed (3.7 TB/s against 2.1 for bitsandbytes' own kernel), to the same bits.
 
 Sums are float32. The plain-torch twins of the same signatures are in ``pointwise.py``; ``launch.py`` calls these.
+SwiGLU is with LoRA's thin products in ``thin_kernels.py``.
 
 Axes: T tokens, D hidden, N outputs, F intermediate, R rank of all projections of a group, r of one, C channels of a
 head, V vocabulary. ``RP`` is a rank padded to a power of two of at least 16, which Triton's ``dot`` wants.
@@ -162,66 +163,6 @@ def rotate_back_kernel(
 
 
 @triton.jit(do_not_specialize=_PER_BATCH)
-def swiglu_kernel(
-    gate_up, u, b, out, T, F, rank, HAS_LOW: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr
-):
-    rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
-    columns = tl.program_id(1) * BN + tl.arange(0, BN)
-    row_mask = rows < T
-    mask = row_mask[:, None] & (columns < F)[None, :]
-    place = gate_up + rows[:, None] * (2 * F) + columns[None, :]
-    gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(place + F, mask=mask, other=0.0).to(tl.float32)
-    if HAS_LOW:
-        k = tl.arange(0, RP)
-        u_mask = row_mask[:, None] & (k < rank)[None, :]
-        u_place = u + rows[:, None] * (2 * rank) + k[None, :]
-        gate += _low_rank(tl.load(u_place, mask=u_mask, other=0.0), b, columns, columns < F, rank, RP, False, 0)
-        up += _low_rank(
-            tl.load(u_place + rank, mask=u_mask, other=0.0), b + F * rank, columns, columns < F, rank, RP, False, 0
-        )
-    value = gate * tl.sigmoid(gate) * up
-    tl.store(out + rows[:, None] * F + columns[None, :], value.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=_PER_BATCH)
-def swiglu_grad_kernel(
-    dh, du_down, a_down, gate_up, u, b, out, out_h, T, F, rank, rank_down,
-    HAS_DOWN: tl.constexpr, HAS_LOW: tl.constexpr, WANTS_H: tl.constexpr,
-    RP: tl.constexpr, RP_DOWN: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
-    columns = tl.program_id(1) * BN + tl.arange(0, BN)
-    row_mask = rows < T
-    mask = row_mask[:, None] & (columns < F)[None, :]
-    narrow = rows[:, None] * F + columns[None, :]
-    wide = rows[:, None] * (2 * F) + columns[None, :]
-    gate = tl.load(gate_up + wide, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + wide + F, mask=mask, other=0.0).to(tl.float32)
-    gradient = tl.load(dh + narrow, mask=mask, other=0.0).to(tl.float32)
-    if HAS_LOW:
-        k = tl.arange(0, RP)
-        u_mask = row_mask[:, None] & (k < rank)[None, :]
-        u_place = u + rows[:, None] * (2 * rank) + k[None, :]
-        gate += _low_rank(tl.load(u_place, mask=u_mask, other=0.0), b, columns, columns < F, rank, RP, False, 0)
-        up += _low_rank(
-            tl.load(u_place + rank, mask=u_mask, other=0.0), b + F * rank, columns, columns < F, rank, RP, False, 0
-        )
-    if HAS_DOWN:
-        j = tl.arange(0, RP_DOWN)
-        d_mask = row_mask[:, None] & (j < rank_down)[None, :]
-        d_tile = tl.load(du_down + rows[:, None] * rank_down + j[None, :], mask=d_mask, other=0.0)
-        gradient += _low_rank(d_tile, a_down, columns, columns < F, rank_down, RP_DOWN, True, F)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    kind = out.dtype.element_ty
-    tl.store(out + wide, (gradient * up * sigmoid * (1 + gate * (1 - sigmoid))).to(kind), mask=mask)
-    tl.store(out + wide + F, (gradient * silu).to(kind), mask=mask)
-    if WANTS_H:
-        tl.store(out_h + narrow, (silu * up).to(kind), mask=mask)
-
-
-@triton.jit(do_not_specialize=_PER_BATCH)
 def cross_entropy_kernel(logits, targets, losses, V: tl.constexpr, BV: tl.constexpr):
     """One row: its loss, and in place of its logits ``softmax - onehot(target)``."""
     row = tl.program_id(0).to(tl.int64)
@@ -275,27 +216,32 @@ def unpack_nf4_kernel(
 def _scaled_columns(x, columns_scale, row, columns, N, HAS_SCALE: tl.constexpr):
     value = tl.load(x + row * N + columns, mask=columns < N, other=0.0).to(tl.float32)
     if HAS_SCALE:
-        value *= tl.load(columns_scale + columns, mask=columns < N, other=0.0)
+        value *= tl.load(columns_scale + columns, mask=columns < N, other=0.0, eviction_policy="evict_last")
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PER_BATCH)
 def quantise_rows_kernel(
-    x, columns_scale, out, out_scale, N: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, columns_scale, out, out_scale, T,
+    N: tl.constexpr, HAS_SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     # The first block of a row stays in registers, so that a row of one block is read once; the gradient of a
-    # vocabulary's logits has more, which are read twice.
-    row = tl.program_id(0).to(tl.int64)
+    # vocabulary's logits has more, which are read twice. The columns' factors are more bytes than a row: the program's
+    # next rows find them in the multiprocessor's own cache.
     head_columns = tl.arange(0, BLOCK)
-    head = _scaled_columns(x, columns_scale, row, head_columns, N, HAS_SCALE)
-    largest = tl.max(tl.abs(head), 0)
-    for start in range(BLOCK, N, BLOCK):
-        value = _scaled_columns(x, columns_scale, row, start + tl.arange(0, BLOCK), N, HAS_SCALE)
-        largest = tl.maximum(largest, tl.max(tl.abs(value), 0))
-    scale = tl.where(largest > 0, largest / 448.0, 1.0)
-    tl.store(out_scale + row, scale)
-    tl.store(out + row * N + head_columns, (head / scale).to(out.dtype.element_ty), mask=head_columns < N)
-    for start in range(BLOCK, N, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        value = _scaled_columns(x, columns_scale, row, columns, N, HAS_SCALE)
-        tl.store(out + row * N + columns, (value / scale).to(out.dtype.element_ty), mask=columns < N)
+    first = tl.program_id(0) * ROWS
+    for row_number in range(first, tl.minimum(first + ROWS, T)):
+        row = tl.zeros((), tl.int64) + row_number
+        head = _scaled_columns(x, columns_scale, row, head_columns, N, HAS_SCALE)
+        largest = tl.max(tl.abs(head), 0)
+        for start in range(BLOCK, N, BLOCK):
+            value = _scaled_columns(x, columns_scale, row, start + tl.arange(0, BLOCK), N, HAS_SCALE)
+            largest = tl.maximum(largest, tl.max(tl.abs(value), 0))
+        scale = tl.where(largest > 1e-30, largest / 448.0, 1.0)  # what is less comes out as zero
+        inverse = 1.0 / scale  # a division an element would take longer than the row's reading
+        tl.store(out_scale + row, scale)
+        tl.store(out + row * N + head_columns, (head * inverse).to(out.dtype.element_ty), mask=head_columns < N)
+        for start in range(BLOCK, N, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            value = _scaled_columns(x, columns_scale, row, columns, N, HAS_SCALE)
+            tl.store(out + row * N + columns, (value * inverse).to(out.dtype.element_ty), mask=columns < N)

@@ -16,16 +16,18 @@ from torch import Tensor
 
 from medcot.engine import kernels
 from medcot.engine.terms import Term
+from medcot.engine.thin import padded, swiglu, swiglu_grad, thin_gradients
 
 # The row tile is Triton's least for a matrix product: the norms want many programs rather than large ones.
 NORM_ROWS, NORM_COLUMNS = 16, 256
 ROTARY_ROWS = 32
-SWIGLU_ROWS, SWIGLU_COLUMNS = 32, 128
-SWIGLU_GRAD_ROWS, SWIGLU_GRAD_COLUMNS = 16, 128
 QUANTISE_COLUMNS = 32768  # a row that fits is read once
+QUANTISE_ROWS = 4  # that share one reading of the columns' factors
 ENTROPY_COLUMNS = 8192
 
 KEEPS_TERMS = True
+__all__ = ["KEEPS_TERMS", "add_norm", "cross_entropy_", "norm_grad", "quantise_rows", "rotate_", "rotate_back",
+           "swiglu", "swiglu_grad", "thin_gradients", "unpack_nf4"]  # fmt: skip
 
 
 def add_norm(
@@ -93,34 +95,6 @@ def rotate_back(dq_THC: Tensor, dk_TGC: Tensor, dv_TGC: Tensor, cos_TC: Tensor, 
     return out_TNC
 
 
-def swiglu(gate_up_TN: Tensor, term: Term | None = None) -> Tensor:
-    """As ``pointwise.swiglu``, but ``gate_up_TN`` stays as it was."""
-    num_rows, wide = gate_up_TN.shape
-    width = wide // 2
-    out_TF = torch.empty(num_rows, width, dtype=gate_up_TN.dtype, device=gate_up_TN.device)
-    kernels.swiglu_kernel[(triton.cdiv(num_rows, SWIGLU_ROWS), triton.cdiv(width, SWIGLU_COLUMNS))](
-        gate_up_TN, *_factor(term, gate_up_TN), out_TF, num_rows, width, term.rank if term else 0,
-        HAS_LOW=term is not None, RP=_padded(term), BT=SWIGLU_ROWS, BN=SWIGLU_COLUMNS, num_warps=4,
-    )  # fmt: skip
-    return out_TF
-
-
-def swiglu_grad(
-    dh_TF: Tensor, down_term: Term | None, gate_up_TN: Tensor, term: Term | None, *, wants_h: bool
-) -> tuple[Tensor, Tensor | None]:
-    """As ``pointwise.swiglu_grad``, with the term that ``swiglu`` was given."""
-    num_rows, width = dh_TF.shape
-    out_TN = torch.empty_like(gate_up_TN)
-    h_TF = torch.empty_like(dh_TF) if wants_h else None
-    kernels.swiglu_grad_kernel[(triton.cdiv(num_rows, SWIGLU_GRAD_ROWS), triton.cdiv(width, SWIGLU_GRAD_COLUMNS))](
-        dh_TF, *_factor(down_term, dh_TF), gate_up_TN, *_factor(term, dh_TF), out_TN, out_TN if h_TF is None else h_TF,
-        num_rows, width, term.rank if term else 0, down_term.rank if down_term else 0,
-        HAS_DOWN=down_term is not None, HAS_LOW=term is not None, WANTS_H=wants_h,
-        RP=_padded(term), RP_DOWN=_padded(down_term), BT=SWIGLU_GRAD_ROWS, BN=SWIGLU_GRAD_COLUMNS, num_warps=8,
-    )  # fmt: skip
-    return out_TN, h_TF
-
-
 def cross_entropy_(logits_BV: Tensor, targets_B: Tensor) -> Tensor:
     """Each row's float32 loss, (B); the logits become ``softmax - onehot(target)``, their gradient."""
     num_rows, vocabulary = logits_BV.shape
@@ -166,9 +140,11 @@ def quantise_rows(x_TN: Tensor, columns_scale_N: Tensor | None = None) -> tuple[
     num_rows, width = x_TN.shape
     out_TN = torch.empty(num_rows, width, dtype=torch.float8_e4m3fn, device=x_TN.device)
     scale_T1 = torch.empty(num_rows, 1, dtype=torch.float32, device=x_TN.device)
-    kernels.quantise_rows_kernel[(num_rows,)](
-        x_TN.contiguous(), scale_T1 if columns_scale_N is None else columns_scale_N, out_TN, scale_T1, N=width,
-        HAS_SCALE=columns_scale_N is not None, BLOCK=min(QUANTISE_COLUMNS, triton.next_power_of_2(width)),
+    rows = 1 if columns_scale_N is None else QUANTISE_ROWS
+    kernels.quantise_rows_kernel[(triton.cdiv(num_rows, rows),)](
+        x_TN.contiguous(), scale_T1 if columns_scale_N is None else columns_scale_N, out_TN, scale_T1, num_rows,
+        N=width, HAS_SCALE=columns_scale_N is not None, ROWS=rows,
+        BLOCK=min(QUANTISE_COLUMNS, triton.next_power_of_2(width)),
         num_warps=4 if width <= 8192 else 8 if width <= 16384 else 16,
     )  # fmt: skip
     return out_TN, scale_T1
@@ -179,5 +155,4 @@ def _factor(term: Term | None, stand_in: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _padded(term: Term | None) -> int:
-    """A rank as Triton's matrix product takes it: a power of two, 16 or more."""
-    return 16 if term is None else max(16, triton.next_power_of_2(term.rank))
+    return padded(term.rank if term else 0)

@@ -19,6 +19,7 @@ Axes: T tokens, D hidden, F intermediate, N outputs, H query heads, G key/value 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from medcot.engine.attention import Attended, Layout, attend
-from medcot.engine.frozen import compute_dtype
+from medcot.engine.frozen import Matrix, compute_dtype
 from medcot.engine.lora import Pairs, Projection, base_of, plain_reason
 from medcot.engine.memory import Keep
 from medcot.engine.terms import Term
@@ -66,6 +67,7 @@ class Step:
         ops: ``pointwise`` or ``launch``.
         keep: what a layer keeps for its gradient.
         tile_tokens: tokens that the MLP takes at a time when it is computed again; ``None`` for all.
+        one_weight: the MLP opens a weight for each product, rather than both for all of them.
     """
 
     layout: Layout
@@ -74,6 +76,7 @@ class Step:
     ops: ModuleType
     keep: Keep
     tile_tokens: int | None = None
+    one_weight: bool = False
 
 
 class LayerPairs(NamedTuple):
@@ -87,6 +90,7 @@ class LayerPairs(NamedTuple):
 
 _Value = TypeVar("_Value")
 Gradients = list[Tensor]  # of one group's adapters: A₁, B₁, A₂, …
+Opened = Callable[[], Matrix]  # a weight that is open, or is opened by calling
 
 
 @dataclass
@@ -96,8 +100,7 @@ class MlpTrace:
     normed_TD: Tensor | None
     gate_up_TN: Tensor
     u_TR: Tensor | None
-    product_TF: Tensor | None
-    u_down_TR: Tensor | None
+    u_down_TR: Tensor | None = None
 
 
 @dataclass
@@ -171,12 +174,10 @@ class FastLayer:
         if step.keep.recomputes:
             y_TD, term = self._run_mlp(normed_TD, pairs, step)
             return middle_TD, y_TD, term, Trace(x_TD)
-        trace.mlp = self._widen(normed_TD, pairs, step)
-        y_TD, trace.mlp.u_down_TR, term = self.down.project(
-            _there(trace.mlp.product_TF), pairs.down, self.down.weight.open()
-        )
+        trace.mlp, product_TF = self._widen(normed_TD, pairs, step, self.gate_up.weight.open)
+        y_TD, trace.mlp.u_down_TR, term = self.down.project(product_TF, pairs.down, self.down.weight.open())
         if step.keep is Keep.LEAN:
-            trace.attention.normed_TD = trace.mlp.normed_TD = trace.mlp.product_TF = None
+            trace.attention.normed_TD = trace.mlp.normed_TD = None
         return middle_TD, y_TD, term, trace
 
     def backward(
@@ -232,7 +233,7 @@ class FastLayer:
         kept = _there(trace.attention)
         trace.attention = None
         d_attended_TN = self.out.weight.open().multiply_back(d_middle_TD)
-        term, out_gradients = _adapter_gradients(pairs.out, d_middle_TD, kept.attended_TN, kept.u_out_TR)
+        term, out_gradients = _adapter_gradients(pairs.out, d_middle_TD, kept.attended_TN, kept.u_out_TR, step)
         if term is not None:
             term.add_to(d_attended_TN)
         kept.attended_TN = kept.u_out_TR = None  # type: ignore[assignment]  # freed before the heads' gradients come
@@ -247,7 +248,7 @@ class FastLayer:
         norm = self.layer.input_layernorm
         if kept.normed_TD is None:
             kept.normed_TD = step.ops.add_norm(trace.x_TD, None, None, norm.weight, norm.variance_epsilon)[1]
-        term, qkv_gradients = _adapter_gradients(pairs.qkv, d_raw_TN, kept.normed_TD, kept.u_TR)
+        term, qkv_gradients = _adapter_gradients(pairs.qkv, d_raw_TN, kept.normed_TD, kept.u_TR, step)
         if not wants_dx:
             return None, [qkv_gradients, out_gradients]
         d_normed_TD = self.qkv.weight.open().multiply_back(d_raw_TN)
@@ -280,26 +281,35 @@ class FastLayer:
 
     # --- MLP ---
 
-    def _widen(self, normed_TD: Tensor, pairs: LayerPairs, step: Step, matrix: Any = None) -> MlpTrace:
-        """Gate, up and their product."""
-        opened = self.gate_up.weight.open() if matrix is None else matrix
-        gate_up_TN, u_TR, term = self.gate_up.project(normed_TD, pairs.gate_up, opened)
-        return MlpTrace(normed_TD, gate_up_TN, u_TR, step.ops.swiglu(gate_up_TN, term), None)
+    def _open_mlp(self, step: Step) -> tuple[Opened, Opened]:
+        """The weights of gate and up and of down, open for as long as these are held, or for a product each."""
+        wide, narrow = self.gate_up.weight, self.down.weight
+        return (wide.open, narrow.open) if step.one_weight else (_always(wide.open()), _always(narrow.open()))
+
+    def _widen(self, normed_TD: Tensor, pairs: LayerPairs, step: Step, wide: Opened) -> tuple[MlpTrace, Tensor]:
+        """Gate and up, and their product, which nobody keeps: its one later use is in the down projection's dA."""
+        gate_up_TN, u_TR, term = self.gate_up.project(normed_TD, pairs.gate_up, wide())
+        return MlpTrace(normed_TD, gate_up_TN, u_TR), step.ops.swiglu(gate_up_TN, term)
+
+    def _widen_again(self, normed_TD: Tensor, pairs: LayerPairs, step: Step, wide: Opened) -> MlpTrace:
+        """The trace of a forward that kept none."""
+        mlp, product_TF = self._widen(normed_TD, pairs, step, wide)
+        if pairs.down:
+            mlp.u_down_TR = product_TF @ pairs.down.A_RD.T
+        return mlp
 
     def _run_mlp(self, normed_TD: Tensor, pairs: LayerPairs, step: Step) -> tuple[Tensor, Term | None]:
         """The MLP's output, nothing kept, by tiles where the step says so."""
-        num_tokens = len(normed_TD)
-        tile = step.tile_tokens or num_tokens
-        wide, narrow = self.gate_up.weight.open(), self.down.weight.open()
-        if tile >= num_tokens:
-            mlp = self._widen(normed_TD, pairs, step, wide)
-            y_TD, _, term = self.down.project(_there(mlp.product_TF), pairs.down, narrow)
+        wide, narrow = self._open_mlp(step)
+        tiles = _tiles(len(normed_TD), step)
+        if len(tiles) == 1:
+            _, product_TF = self._widen(normed_TD, pairs, step, wide)
+            y_TD, _, term = self.down.project(product_TF, pairs.down, narrow())
             return y_TD, term
         y_TD = torch.empty_like(normed_TD)
-        for start in range(0, num_tokens, tile):
-            rows = slice(start, start + tile)
-            mlp = self._widen(normed_TD[rows], pairs, step, wide)
-            part_TD, _, term = self.down.project(_there(mlp.product_TF), pairs.down, narrow)
+        for rows in tiles:
+            _, product_TF = self._widen(normed_TD[rows], pairs, step, wide)
+            part_TD, _, term = self.down.project(product_TF, pairs.down, narrow())
             if term is not None:
                 term.add_to(part_TD)
             y_TD[rows] = part_TD
@@ -309,20 +319,18 @@ class FastLayer:
         self, trace: Trace, normed_TD: Tensor | None, d_out_TD: Tensor, pairs: LayerPairs, step: Step
     ) -> tuple[Tensor, list[Gradients]]:
         """Gradient of the residual stream between the two halves; by tiles, each computed again, where asked to."""
-        wide, narrow = self.gate_up.weight.open(), self.down.weight.open()
+        wide, narrow = self._open_mlp(step)
         middle_TD, r_T = _there(trace.middle_TD), _there(trace.r_middle_T)
         trace.middle_TD = trace.r_middle_T = None
-        num_tokens = len(middle_TD)
-        tile = step.tile_tokens or num_tokens
-        if trace.mlp is not None or tile >= num_tokens:
+        tiles = _tiles(len(middle_TD), step)
+        if trace.mlp is not None or len(tiles) == 1:
             mlp, trace.mlp = trace.mlp, None
             if mlp is None:
-                mlp = self._widen(_there(normed_TD), pairs, step, wide)
+                mlp = self._widen_again(_there(normed_TD), pairs, step, wide)
             return self._mlp_part_backward(mlp, middle_TD, r_T, d_out_TD, pairs, step, wide, narrow)
         del normed_TD  # each tile makes its own
         total: list[Gradients] = []  # in float32: a sum of dozens of 16-bit parts would lose their last bits
-        for start in range(0, num_tokens, tile):
-            rows = slice(start, start + tile)
+        for rows in tiles:
             d_TD, gradients = self._mlp_part_backward(
                 None, middle_TD[rows], r_T[rows], d_out_TD[rows], pairs, step, wide, narrow
             )
@@ -337,49 +345,51 @@ class FastLayer:
 
     def _mlp_part_backward(
         self, mlp: MlpTrace | None, middle_TD: Tensor, r_T: Tensor, d_out_TD: Tensor, pairs: LayerPairs, step: Step,
-        wide: Any, narrow: Any,
+        wide: Opened, narrow: Opened,
     ) -> tuple[Tensor, list[Gradients]]:  # fmt: skip
         norm = self.layer.post_attention_layernorm
         if mlp is None or mlp.normed_TD is None:
             normed_TD = step.ops.add_norm(middle_TD, None, None, norm.weight, norm.variance_epsilon)[1]
-            mlp = mlp or self._widen(normed_TD, pairs, step, wide)
+            mlp = mlp or self._widen_again(normed_TD, pairs, step, wide)
             mlp.normed_TD = normed_TD
-        if mlp.u_down_TR is None and pairs.down:
-            mlp.u_down_TR = _there(mlp.product_TF) @ pairs.down.A_RD.T
-        dh_TF = narrow.multiply_back(d_out_TD)
-        du_TR = pairs.down.thin_gradient(d_out_TD) if pairs.down else None
-        d_gate_up_TN, product_TF = step.ops.swiglu_grad(
-            dh_TF,
-            Term(du_TR, pairs.down.A_RD) if pairs.down and du_TR is not None else None,
-            mlp.gate_up_TN,
-            pairs.gate_up.term(_there(mlp.u_TR)) if pairs.gate_up and step.ops.KEEPS_TERMS else None,
-            wants_h=mlp.product_TF is None and pairs.down is not None,
-        )
+        dh_TF = narrow().multiply_back(d_out_TD)
+        down_term: Term | None = None
+        dBs: list[Tensor] = []
+        if pairs.down:
+            du_TR, dBs = pairs.down.thin_gradients(d_out_TD, _there(mlp.u_down_TR), step.ops)
+            down_term = Term(du_TR, pairs.down.A_RD)
+        kept_term = pairs.gate_up.term(_there(mlp.u_TR)) if pairs.gate_up and step.ops.KEEPS_TERMS else None
+        d_gate_up_TN, dA_RF = step.ops.swiglu_grad(dh_TF, down_term, mlp.gate_up_TN, kept_term)
         del dh_TF
-        if product_TF is None:
-            product_TF = mlp.product_TF
-        down_gradients = (
-            pairs.down.gradients(d_out_TD, _there(product_TF), _there(mlp.u_down_TR), _there(du_TR))
-            if pairs.down
-            else []
-        )
+        down_gradients = pairs.down.in_order(_there(dA_RF), dBs) if pairs.down else []
         normed_TD, u_TR = mlp.normed_TD, mlp.u_TR
-        del mlp, product_TF
-        d_normed_TD = wide.multiply_back(d_gate_up_TN)
-        term, gate_up_gradients = _adapter_gradients(pairs.gate_up, d_gate_up_TN, normed_TD, u_TR)
+        del mlp
+        d_normed_TD = wide().multiply_back(d_gate_up_TN)
+        term, gate_up_gradients = _adapter_gradients(pairs.gate_up, d_gate_up_TN, normed_TD, u_TR, step)
         del d_gate_up_TN
         d_TD = step.ops.norm_grad(d_normed_TD, term, middle_TD, norm.weight, r_T, d_out_TD)
         return d_TD, [gate_up_gradients, down_gradients]
 
 
 def _adapter_gradients(
-    pairs: Pairs | None, dy_TN: Tensor, x_TD: Tensor | None, u_TR: Tensor | None
+    pairs: Pairs | None, dy_TN: Tensor, x_TD: Tensor | None, u_TR: Tensor | None, step: Step
 ) -> tuple[Term | None, Gradients]:
     """The low-rank term that a group's dx lacks, and its adapters' gradients; nothing where no adapter is on."""
     if pairs is None:
         return None, []
-    du_TR = pairs.thin_gradient(dy_TN)
-    return Term(du_TR, pairs.A_RD), pairs.gradients(dy_TN, _there(x_TD), _there(u_TR), du_TR)
+    du_TR, dBs = pairs.thin_gradients(dy_TN, _there(u_TR), step.ops)
+    return Term(du_TR, pairs.A_RD), pairs.in_order(du_TR.T @ _there(x_TD), dBs)
+
+
+def _always(matrix: Matrix) -> Opened:
+    return lambda: matrix
+
+
+def _tiles(num_tokens: int, step: Step) -> list[slice]:
+    """The MLP's tiles, as even as they come: a thin last one would be a slow one."""
+    count = -(-num_tokens // (step.tile_tokens or num_tokens))
+    even = -(-num_tokens // count)
+    return [slice(start, start + even) for start in range(0, num_tokens, even)]
 
 
 def _there(value: _Value | None) -> _Value:

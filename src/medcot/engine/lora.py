@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -69,19 +70,21 @@ class Pairs:
         """The term of a kept u; ``None`` where the ranks differ, for then it has been added."""
         return None if self.stacked_Nr is None else Term(u_TR, self.stacked_Nr, self._widths)
 
-    def thin_gradient(self, dy_TN: Tensor) -> Tensor:
-        """Gradient of u, (T, R)."""
-        if len(self.Bs) == 1:
-            return dy_TN @ self.Bs[0]
-        du_TR = dy_TN.new_empty(len(dy_TN), len(self.A_RD))
-        for dy, du, B in zip(dy_TN.split(self._widths, -1), self._split(du_TR), self.Bs, strict=True):
-            torch.mm(dy, B, out=du)
-        return du_TR
+    def thin_gradients(self, dy_TN: Tensor, u_TR: Tensor, ops: ModuleType) -> tuple[Tensor, list[Tensor]]:
+        """Return du (T, R), and dB₁/s, dB₂/s, …, by the ``thin_gradients`` of ``pointwise`` or ``launch``."""
+        if self.stacked_Nr is not None:
+            du_TR, dB_Nr = ops.thin_gradients(dy_TN, u_TR, self.stacked_Nr, self._widths)
+            return du_TR, list(dB_Nr.split(self._widths))
+        dys, us = dy_TN.split(self._widths, -1), self._split(u_TR)  # parts of different ranks
+        pairs = [
+            ops.thin_gradients(dy.contiguous(), u.contiguous(), B, B.shape[:1])
+            for dy, u, B in zip(dys, us, self.Bs, strict=True)
+        ]
+        return torch.cat([du for du, _ in pairs], -1), [dB for _, dB in pairs]
 
-    def gradients(self, dy_TN: Tensor, x_TD: Tensor, u_TR: Tensor, du_TR: Tensor) -> list[Tensor]:
+    def in_order(self, dA_RD: Tensor, dBs: list[Tensor]) -> list[Tensor]:
         """Return dA₁, dB₁/s, dA₂, … in the dtype of the products; see the head of the file."""
-        dBs = [dy.T @ u for dy, u in zip(dy_TN.split(self._widths, -1), self._split(u_TR), strict=True)]
-        dAs = (du_TR.T @ x_TD).split([B.shape[1] for B in self.Bs])
+        dAs = dA_RD.split([B.shape[1] for B in self.Bs])
         return [g for pair in zip(dAs, dBs, strict=True) for g in pair]
 
     @property

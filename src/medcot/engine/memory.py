@@ -38,7 +38,7 @@ class Keep(StrEnum):
     """What a layer keeps from its forward for its backward, from the fastest to the smallest."""
 
     ALL = "all"  # everything the gradients read
-    LEAN = "lean"  # not the norms' outputs nor SwiGLU's product, which elementwise kernels make again
+    LEAN = "lean"  # not the norms' outputs, which an elementwise kernel makes again
     INPUT = "input"  # its input alone: the layer is computed again, but for its last product
     HOST = "host"  # its input, in pinned memory of the host
 
@@ -57,25 +57,33 @@ class Memory:
         tile_tokens: tokens that the MLP takes at a time where layers are computed again; ``None`` for all.
         chunk_tokens: tokens whose logits are in memory at a time; ``None`` for what is fast.
         unpacked: keep 4-bit weights unpacked beside their packed form.
+        one_weight: where layers are computed again, unpack the MLP's weights for each product, one at a time.
     """
 
     keep: Keep = Keep.ALL
     tile_tokens: int | None = None
     chunk_tokens: int | None = None
     unpacked: bool = False
+    one_weight: bool = False
 
 
 FASTEST = Memory()
-SMALLEST = Memory(Keep.HOST, tile_tokens=256, chunk_tokens=256)
+SMALLEST = Memory(Keep.HOST, tile_tokens=1024, chunk_tokens=256, one_weight=True)
+
+
+# Up to so many tokens the weight that is not open is a tenth of what a forward needs beside the frozen weights.
+ONE_WEIGHT_TOKENS = 8192
 
 
 def small_pieces(tokens: int) -> Memory:
     """The smallest setting for a forward of so many tokens: pieces that add little to what its length takes anyway.
 
-    Of Llama 8B, 256 tokens' logits take 0.07 GiB, and as many tokens in the MLP 0.05; thinner products are slow ones,
-    so a row of tens of thousands is cut into some thirty pieces.
+    Of Llama 8B, 256 tokens' logits take 0.07 GiB, 1,024 tokens in the MLP 0.14, and the smaller of its weights 0.11.
+    Smaller tiles are many more launches (256 or 512 tokens: 3,700 tokens/s on an H200 where 1,024 had 8,600), so a row
+    of tens of thousands is cut into some thirty pieces, and keeps both weights open for all of them.
     """
-    return Memory(Keep.HOST, tile_tokens=min(max(256, tokens // 32 // 128 * 128), 2048), chunk_tokens=256)
+    tile = min(max(1024, tokens // 32 // 128 * 128), 2048)
+    return Memory(Keep.HOST, tile_tokens=tile, chunk_tokens=256, one_weight=tokens <= ONE_WEIGHT_TOKENS)
 
 
 class ModelShape(Protocol):
@@ -142,8 +150,8 @@ def activation_bytes_per_token(shape: ModelShape, bytes_per_value: int, keep: Ke
     """Bytes that all layers keep on the device for one token, from forward to backward.
 
     ``Keep.ALL``: the residual stream at both norms and the norms' outputs (4 D), the rotated q, k and v (H + 2G)·C, the
-    attended heads H·C, gate and up 2 F and their product F. ``LEAN`` makes the norms' outputs and the product again,
-    ``INPUT`` keeps D, ``HOST`` nothing here.
+    attended heads H·C, gate and up 2 F. ``LEAN`` makes the norms' outputs again, ``INPUT`` keeps D, ``HOST`` nothing
+    here.
     """
     return shape.num_layers * bytes_per_value * _layer_values(shape, keep)
 
@@ -151,7 +159,7 @@ def activation_bytes_per_token(shape: ModelShape, bytes_per_value: int, keep: Ke
 def _layer_values(shape: ModelShape, keep: Keep) -> int:
     heads = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
     return {
-        Keep.ALL: 4 * shape.hidden + heads + 3 * shape.intermediate,
+        Keep.ALL: 4 * shape.hidden + heads + 2 * shape.intermediate,
         Keep.LEAN: 2 * shape.hidden + heads + 2 * shape.intermediate,
         Keep.INPUT: shape.hidden,
         Keep.HOST: 0,
@@ -168,10 +176,11 @@ def _working_bytes(shape: ModelShape, precision: str, tokens: int, memory: Memor
     wide = min(memory.tile_tokens or tokens, tokens) if memory.keep.recomputes else tokens
     values = tokens * 3 * shape.hidden + wide * 3 * shape.intermediate
     if memory.keep.recomputes:
-        mlp = 3 * shape.intermediate + shape.hidden
+        mlp = 2 * shape.intermediate + shape.hidden
         values += tokens * (_layer_values(shape, Keep.ALL) - mlp) + wide * mlp
         values += 2 * tokens * shape.hidden if memory.keep is Keep.HOST else 0  # one input in use, one on its way
-    unpacked = 3 * shape.intermediate * shape.hidden * bytes_per_value if precision == "nf4" else 0
+    open_weights = 2 if memory.one_weight else 3  # of F by D: gate and up are one
+    unpacked = open_weights * shape.intermediate * shape.hidden * bytes_per_value if precision == "nf4" else 0
     return values * bytes_per_value + unpacked
 
 

@@ -13,6 +13,8 @@ Axes are those of ``reference.py``, which holds the twin of each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -105,18 +107,18 @@ def swiglu(gate_up_TN: Tensor, term: Term | None = None) -> Tensor:
 
 
 def swiglu_grad(
-    dh_TF: Tensor, down_term: Term | None, gate_up_TN: Tensor, term: Term | None, *, wants_h: bool
+    dh_TF: Tensor, down_term: Term | None, gate_up_TN: Tensor, term: Term | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradient of gate and up in one (T, 2F) buffer.
+    """Gradient of gate and up in one (T, 2F) buffer, and the dA (R, F) of the projection that reads the product.
 
-    With ``s = sigmoid(gate)``: ``d up = dh · gate·s`` and ``d gate = dh · up · s·(1 + gate·(1 - s))``.
+    With ``s = sigmoid(gate)``: ``d up = dh · gate·s`` and ``d gate = dh · up · s·(1 + gate·(1 - s))``. The product is
+    made again on the way, so that nobody has to keep it for ``dA = duᵀ (gate·s·up)``.
 
     Args:
         dh_TF: gradient of the product; it is used up.
-        down_term: its low-rank part.
+        down_term: its low-rank part, the down projection's du and A; ``None`` where that has no adapter, and no dA.
         gate_up_TN: what ``swiglu`` was given.
         term: the low-rank part of gate and up, where ``KEEPS_TERMS`` says that it is still to be added.
-        wants_h: also return the product itself, computed again.
     """
     assert term is None, "swiglu() has added it"
     if down_term is not None:
@@ -127,7 +129,30 @@ def swiglu_grad(
     silu = F.silu(gate)
     torch.mul(silu, dh_TF, out=d_up)
     torch.ops.aten.silu_backward.grad_input(dh_TF * up, gate, grad_input=d_gate)
-    return d_gate_up_TN, silu.mul_(up) if wants_h else None
+    return d_gate_up_TN, None if down_term is None else down_term.u_TR.T @ silu.mul_(up)
+
+
+def thin_gradients(dy_TN: Tensor, u_TR: Tensor, B_Nr: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Gradients of a group's u and B from that of its outputs: ``duᵢ = dyᵢ Bᵢ`` and ``dBᵢ = dyᵢᵀ uᵢ``.
+
+    Args:
+        dy_TN: gradient of the outputs.
+        u_TR: what the forward kept.
+        B_Nr: every s·Bᵢ, stacked.
+        widths: Nᵢ.
+
+    Returns:
+        du (T, R), and dB/s (N, r), both in the gradient's dtype.
+    """
+    if len(widths) == 1:
+        return dy_TN @ B_Nr, dy_TN.T @ u_TR
+    rank = B_Nr.shape[1]
+    du_TR, dB_Nr = torch.empty_like(u_TR), torch.empty_like(B_Nr)
+    parts = (dy_TN.split(widths, -1), u_TR.split(rank, -1), B_Nr.split(widths), du_TR.split(rank, -1))
+    for dy, u, B, du, dB in zip(*parts, dB_Nr.split(widths), strict=True):
+        torch.mm(dy, B, out=du)
+        torch.mm(dy.T, u, out=dB)
+    return du_TR, dB_Nr
 
 
 # Whether ``swiglu`` leaves gate_up_TN as it was, so that its term must be given to ``swiglu_grad`` again.

@@ -1,13 +1,8 @@
-"""LoRA's thin products in one pass: the launchers of ``thin_kernels.py``.
+"""LoRA's thin products in one pass, and SwiGLU both ways: the launchers of ``thin_kernels.py``.
 
-``thin_gradients`` stands for ``Pairs.thin_gradient`` and the dB of ``Pairs.gradients``, which read the gradient of a
-group's outputs once each. ``swiglu`` and ``swiglu_grad`` stand for those of ``launch.py`` and also return thin products
-of what passes through them: the down projection's u, its dA, and du and dB of gate and up. Each product that is asked
-for there spares a pass over a (T, F) or (T, 2F) tensor. Which of these pay ``bench/gpu_thin.py`` has yet to say; no
-forward uses them before.
-
-All sums are float32 and in a fixed order. float32 operands are multiplied in full, for tests: such products have no
-matrix instructions, and the tiles are small.
+They are part of ``launch.py``'s set, in a file of their own for the way they cut their work: programs own columns and
+walk down ranges of rows. All sums are float32 and in a fixed order. float32 operands are multiplied in full, for tests:
+such products have no matrix instructions, and the tiles are small.
 
 Axes: T tokens, N outputs of a group, Nᵢ of one part, F intermediate, R rank of all parts together, r of one.
 """
@@ -17,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -72,38 +66,17 @@ def _cut(tiles: Tiles, num_rows: int, num_blocks: int) -> tuple[int, int]:
     return rows_of_range, triton.cdiv(num_rows, rows_of_range)
 
 
-class SwigluGradients(NamedTuple):
-    """What ``swiglu_grad`` returns; ``None`` for what was not asked for.
-
-    Attributes:
-        d_gate_up_TN: gradient of gate and up.
-        h_TF: the product, computed again.
-        du_TR: gradient of gate's and up's u.
-        dB_Nr: their dB/s, stacked.
-        dA_RF: the down projection's dA, a transposed view.
-    """
-
-    d_gate_up_TN: Tensor
-    h_TF: Tensor | None
-    du_TR: Tensor | None
-    dB_Nr: Tensor | None
-    dA_RF: Tensor | None
-
-
 def thin_gradients(
     dy_TN: Tensor, u_TR: Tensor, B_Nr: Tensor, widths: Sequence[int], tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of a group's u and B from one pass over that of its outputs: ``duᵢ = dyᵢ Bᵢ``, ``dBᵢ = dyᵢᵀ uᵢ``.
+    """As ``pointwise.thin_gradients``, from one pass over ``dy_TN``.
 
     Args:
         dy_TN: gradient of the outputs, contiguous.
         u_TR: what the forward kept, contiguous.
-        B_Nr: every s·Bᵢ, stacked, as ``Pairs.stacked_Nr``.
+        B_Nr: every s·Bᵢ, stacked.
         widths: Nᵢ, three at most.
-        tiles: ``None`` for those chosen by registers and bytes moved; bench/gpu_thin.py has yet to time them.
-
-    Returns:
-        du (T, R), and dB/s (N, r), both in the gradient's dtype.
+        tiles: ``None`` for those that bench/gpu_thin.py found best.
     """
     (num_rows, width), rank = dy_TN.shape, B_Nr.shape[1]
     assert 1 <= len(widths) <= MAX_PARTS and sum(widths) == width == len(B_Nr), "the parts make up the group"
@@ -112,7 +85,7 @@ def thin_gradients(
     assert dy_TN.dtype == u_TR.dtype == B_Nr.dtype, "the matrix instructions take one dtype"
     if not num_rows:
         return torch.empty_like(u_TR), torch.zeros_like(B_Nr)
-    tiles = tiles or _thin_tiles(dy_TN.dtype, rank, width)
+    tiles = tiles or _thin_tiles(dy_TN.dtype, rank)
     blocks = [triton.cdiv(part, tiles.columns) for part in widths]
     rows_of_range, ranges = tiles.cut(num_rows, sum(blocks))
     du_parts = _floats(dy_TN, sum(blocks), num_rows, rank)
@@ -125,80 +98,43 @@ def thin_gradients(
     return sum_parts(du_parts, dB_parts, blocks, dy_TN.dtype)
 
 
-def swiglu(
-    gate_up_TN: Tensor, term: Term | None, A_RF: Tensor | None = None, tiles: Tiles | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """As ``launch.swiglu``, and the down projection's ``u = h Aᵀ`` where its A is given.
-
-    Args:
-        gate_up_TN: the fused (T, 2F) output of gate and up, contiguous; it stays as it was.
-        term: its low-rank part.
-        A_RF: the down projection's A.
-        tiles: ``None`` for those chosen by registers and bytes moved; bench/gpu_thin.py has yet to time them.
-
-    Returns:
-        The product h (T, F), and u (T, R) or ``None``.
-    """
+def swiglu(gate_up_TN: Tensor, term: Term | None = None, tiles: Tiles | None = None) -> Tensor:
+    """As ``pointwise.swiglu``, but ``gate_up_TN``, which must be contiguous, stays as it was."""
     num_rows, width = gate_up_TN.shape[0], gate_up_TN.shape[1] // 2
     assert gate_up_TN.is_contiguous(), "the kernel knows no strides"
     h_TF = torch.empty(num_rows, width, dtype=gate_up_TN.dtype, device=gate_up_TN.device)
-    rank_down = 0 if A_RF is None else len(A_RF)
     if not num_rows:
-        return h_TF, None if A_RF is None else h_TF.new_empty(0, rank_down)
-    tiles = tiles or _swiglu_tiles(gate_up_TN.dtype, with_down=A_RF is not None)
+        return h_TF
+    tiles = tiles or _swiglu_tiles(gate_up_TN.dtype, resident=3)
     num_blocks = triton.cdiv(width, tiles.columns)
     rows_of_range, ranges = tiles.cut(num_rows, num_blocks)
-    u_parts = h_TF if A_RF is None else _floats(h_TF, num_blocks, num_rows, rank_down)
-    thin_kernels.swiglu_down_kernel[(num_blocks, ranges)](
-        gate_up_TN, *_factor(term, gate_up_TN), gate_up_TN if A_RF is None else A_RF, h_TF, u_parts,
-        num_rows, rows_of_range, width, term.rank if term else 0, rank_down,
-        HAS_LOW=term is not None, HAS_DOWN=A_RF is not None, RP=padded(term.rank if term else 0),
-        RP_DOWN=padded(rank_down), BT=tiles.rows, BN=tiles.columns, STAGES=tiles.stages,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+    thin_kernels.swiglu_kernel[(num_blocks, ranges)](
+        gate_up_TN, *_factor(term, gate_up_TN), h_TF, num_rows, rows_of_range, width, term.rank if term else 0,
+        HAS_LOW=term is not None, RP=padded(term.rank if term else 0), BT=tiles.rows, BN=tiles.columns,
+        STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    if A_RF is None:
-        return h_TF, None
-    return h_TF, sum_parts(u_parts, None, [num_blocks], h_TF.dtype)[0]
+    return h_TF
 
 
 def swiglu_grad(
-    dh_TF: Tensor, down_term: Term | None, gate_up_TN: Tensor, term: Term | None, *, wants_h: bool,
-    wants_du: bool = False, wants_dA: bool = False, tiles: Tiles | None = None,
-) -> SwigluGradients:  # fmt: skip
-    """As ``launch.swiglu_grad``, and thin products of what it makes.
-
-    Args:
-        dh_TF: gradient of the product, contiguous, without its low-rank part.
-        down_term: that part: the down projection's du and A.
-        gate_up_TN: what ``swiglu`` was given.
-        term: the low-rank part of gate and up.
-        wants_h: return the product, computed again.
-        wants_du: return du and dB of gate and up; ``term`` must be given.
-        wants_dA: return dA of the down projection; ``down_term`` must be given.
-        tiles: ``None`` for those chosen by registers and bytes moved; bench/gpu_thin.py has yet to time them.
-    """
+    dh_TF: Tensor, down_term: Term | None, gate_up_TN: Tensor, term: Term | None, tiles: Tiles | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """As ``pointwise.swiglu_grad``, with the term that ``swiglu`` was given; dA is a transposed view."""
     (num_rows, width), rank = dh_TF.shape, term.rank if term else 0
     rank_down = down_term.rank if down_term else 0
-    assert (term or not wants_du) and (down_term or not wants_dA), "a thin product needs its factor"
     assert dh_TF.is_contiguous() and gate_up_TN.is_contiguous(), "the kernel knows no strides"
-    tiles = tiles or _swiglu_grad_tiles(dh_TF.dtype, wants_du=wants_du)
+    tiles = tiles or _swiglu_tiles(dh_TF.dtype, resident=2)
     num_blocks = triton.cdiv(width, tiles.columns)
     rows_of_range, ranges = tiles.cut(max(num_rows, 1), num_blocks)
-    out_TN, h_TF = torch.empty_like(gate_up_TN), torch.empty_like(dh_TF) if wants_h else None
-    du_parts = _floats(dh_TF, 2 * num_blocks, num_rows, rank) if wants_du else None
-    dB_parts = _floats(dh_TF, ranges, 2 * width, rank) if wants_du else None
-    dA_parts = _floats(dh_TF, ranges, width, rank_down) if wants_dA else None
-    stands = [out_TN if part is None else part for part in (h_TF, du_parts, dB_parts, dA_parts)]
-    thin_kernels.swiglu_thin_grad_kernel[(num_blocks, ranges)](
-        dh_TF, *_factor(down_term, dh_TF), gate_up_TN, *_factor(term, dh_TF), out_TN, *stands,
-        num_rows, rows_of_range, width, rank, rank_down,
-        HAS_DOWN=down_term is not None, HAS_LOW=term is not None, WANTS_H=wants_h, WANTS_DU=wants_du,
-        WANTS_DA=wants_dA, RP=padded(rank), RP_DOWN=padded(rank_down),
+    out_TN = torch.empty_like(gate_up_TN)
+    dA_parts = _floats(dh_TF, ranges, width, rank_down) if down_term else None
+    thin_kernels.swiglu_grad_kernel[(num_blocks, ranges)](
+        dh_TF, *_factor(down_term, dh_TF), gate_up_TN, *_factor(term, dh_TF), out_TN,
+        out_TN if dA_parts is None else dA_parts, num_rows, rows_of_range, width, rank, rank_down,
+        HAS_DOWN=down_term is not None, HAS_LOW=term is not None, RP=padded(rank), RP_DOWN=padded(rank_down),
         BT=tiles.rows, BN=tiles.columns, STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    du_TR, dB_Nr = sum_parts(du_parts, dB_parts, [num_blocks] * 2, dh_TF.dtype) if wants_du else (None, None)
-    dA_Fr = sum_parts(None, dA_parts, [], dh_TF.dtype)[1] if wants_dA else None
-    return SwigluGradients(out_TN, h_TF, du_TR, dB_Nr, None if dA_Fr is None else dA_Fr.T)
+    return out_TN, None if dA_parts is None else sum_parts(None, dA_parts, [], dh_TF.dtype)[1].T
 
 
 def sum_parts(
@@ -237,29 +173,21 @@ def padded(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def _thin_tiles(dtype: torch.dtype, rank: int, width: int) -> Tiles:
-    """Tiles of ``thin_gradients``.
+def _thin_tiles(dtype: torch.dtype, rank: int) -> Tiles:
+    """Tiles of ``thin_gradients``: wide blocks, because they halve the partial sums of du.
 
-    Two programs a multiprocessor hide each other's waits. Twice the columns halve the partial sums of du, which matters
-    where there are many blocks of columns.
+    At rank 16, q, k and v take 31 µs; blocks of 128 columns 36, the library's products 64 (H200, bench/gpu_thin.py).
     """
     if dtype == torch.float32:
         return Tiles(rows=32, columns=64, stages=2)
-    if padded(rank) > 16:
-        return Tiles(warps=8)
-    return Tiles(resident=2) if width <= 8192 else Tiles(columns=512, warps=8)
+    return Tiles(columns=512 if padded(rank) == 16 else 256, warps=8)
 
 
-def _swiglu_tiles(dtype: torch.dtype, *, with_down: bool) -> Tiles:
+def _swiglu_tiles(dtype: torch.dtype, *, resident: int) -> Tiles:
+    """Tiles of SwiGLU both ways: 143 µs forward and 277 backward, against 157 and 313 of the next best."""
     if dtype == torch.float32:
         return Tiles(rows=32, columns=32, stages=2)
-    return Tiles(columns=128, resident=2) if with_down else Tiles(columns=64, resident=3)
-
-
-def _swiglu_grad_tiles(dtype: torch.dtype, *, wants_du: bool) -> Tiles:
-    if dtype == torch.float32:
-        return Tiles(rows=32, columns=32, stages=2)
-    return Tiles(columns=128, warps=8, stages=2) if wants_du else Tiles(columns=64, resident=2)
+    return Tiles(columns=64, resident=resident)
 
 
 def _first_two(sizes: Sequence[int]) -> tuple[int, int]:

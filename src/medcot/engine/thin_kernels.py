@@ -2,7 +2,8 @@
 
 A rank of 16 makes a product of (T, N) by (N, 16) as costly as reading its wide factor, and the backward pass wants two
 of each output's gradient: ``du = dy B`` and ``dB = dyᵀ u``. Two library calls read dy twice, at well under the memory's
-rate; SwiGLU's kernels have the same values in registers on their way out. Here one pass feeds every product:
+rate; SwiGLU's gradient has the product that the down projection's dA is made of in registers on its way. Here one pass
+feeds both (bench/gpu_thin.py has the times):
 
 - A program owns a block of BN columns and walks down a range of rows in tiles of BT. What belongs to its columns (dB,
   dA) is summed in registers to the end of the range. What belongs to the rows (du) is complete for the block's columns
@@ -11,13 +12,13 @@ rate; SwiGLU's kernels have the same values in registers on their way out. Here 
 - By count, the rows' partial sums cost ``2 r / BN`` of a 16-bit dy's bytes and the columns' ``2 r / (rows of a
   range)``: at rank 16, 512 columns and seven ranges of 960 rows, 6 % and 3 %. That is why programs own columns and walk
   down rows, and why the blocks are wide.
-- In SwiGLU the same order of work keeps the factors of the low-rank terms in place. One program a tile reads BN·r of
-  every factor again: for the gradient in tiles of 16 × 128 at rank 16 as many bytes from the cache as of the operands
-  themselves.
+- In SwiGLU the same order of work keeps the factors of the low-rank terms in place. One program a tile would read BN·r
+  of every factor again: for the gradient in tiles of 16 × 128 at rank 16 as many bytes from the cache as of the
+  operands themselves.
 
 Tiles have 64 rows, the least with which Hopper's matrix instructions read an operand from shared memory, so a tile
-serves ``dy B`` and ``dyᵀ u`` from where the asynchronous copy left it. The plain twins are ``Pairs.thin_gradient``,
-``Pairs.gradients`` and ``pointwise.py``; ``thin.py`` calls these.
+serves ``dy B`` and ``dyᵀ u`` from where the asynchronous copy left it. The plain twins are in ``pointwise.py``;
+``thin.py`` calls these.
 
 Axes are those of ``kernels.py``.
 """
@@ -139,22 +140,25 @@ def thin_sum_kernel(
         tl.store(db + place, total.to(db.dtype.element_ty), mask=place < size_db)
 
 
+@triton.jit
+def _load_term_factor(b, columns, column_mask, rank, RP: tl.constexpr):
+    """As ``_load_factor``, the other way up: (RP, BN)."""
+    k = tl.arange(0, RP)
+    return tl.load(b + columns[None, :] * rank + k[:, None], mask=(k < rank)[:, None] & column_mask[None, :], other=0.0)
+
+
 @triton.jit(do_not_specialize=_PER_BATCH)
-def swiglu_down_kernel(
-    gate_up, u, b, a_down, out, u_parts, T, rows_of_range, F, rank, rank_down,
-    HAS_LOW: tl.constexpr, HAS_DOWN: tl.constexpr, RP: tl.constexpr, RP_DOWN: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+def swiglu_kernel(
+    gate_up, u, b, out, T, rows_of_range, F, rank,
+    HAS_LOW: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     block, row_range = tl.program_id(0), tl.program_id(1)
     columns = block * BN + tl.arange(0, BN)
     column_mask = columns < F
-    k, j = tl.arange(0, RP), tl.arange(0, RP_DOWN)
+    k = tl.arange(0, RP)
     if HAS_LOW:
-        b_gate = tl.trans(_load_factor(b, columns, column_mask, rank, RP))
-        b_up = tl.trans(_load_factor(b + F * rank, columns, column_mask, rank, RP))
-    if HAS_DOWN:
-        a_mask = (j < rank_down)[:, None] & column_mask[None, :]
-        a_tile = tl.trans(tl.load(a_down + j[:, None] * F + columns[None, :], mask=a_mask, other=0.0))
+        b_gate = _load_term_factor(b, columns, column_mask, rank, RP)
+        b_up = _load_term_factor(b + F * rank, columns, column_mask, rank, RP)
     begin = row_range * rows_of_range
     for start in tl.range(begin, tl.minimum(begin + rows_of_range, T), BT, num_stages=STAGES):
         gate = _load_rows(gate_up, start, T, 2 * F, columns, column_mask, BT).to(tl.float32)
@@ -164,35 +168,27 @@ def swiglu_down_kernel(
             u_up = _load_rows(u + rank, start, T, 2 * rank, k, k < rank, BT)
             gate = tl.dot(u_gate, b_gate, gate, input_precision="ieee")
             up = tl.dot(u_up, b_up, up, input_precision="ieee")
-        h = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
-        _store_rows(out, h, start, T, F, columns, column_mask, BT)
-        if HAS_DOWN:
-            u_tile = tl.dot(h, a_tile, input_precision="ieee")
-            _store_thin(u_parts, u_tile, block, start, T, rank_down, RP_DOWN, BT)
+        _store_rows(out, gate * tl.sigmoid(gate) * up, start, T, F, columns, column_mask, BT)
 
 
 @triton.jit(do_not_specialize=_PER_BATCH)
-def swiglu_thin_grad_kernel(
-    dh, du_down, a_down, gate_up, u, b, out, out_h, du_parts, db_parts, da_parts, T, rows_of_range, F, rank, rank_down,
-    HAS_DOWN: tl.constexpr, HAS_LOW: tl.constexpr, WANTS_H: tl.constexpr, WANTS_DU: tl.constexpr,
-    WANTS_DA: tl.constexpr,
+def swiglu_grad_kernel(
+    dh, du_down, a_down, gate_up, u, b, out, da_parts, T, rows_of_range, F, rank, rank_down,
+    HAS_DOWN: tl.constexpr, HAS_LOW: tl.constexpr,
     RP: tl.constexpr, RP_DOWN: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # WANTS_DU: du and dB of gate and up; WANTS_DA: of the down projection, dA. All of them are products of the values
-    # made here, in their 16-bit roundings, as if these were read again.
+    # HAS_DOWN: dh lacks a term, and that projection's dA is wanted: a product of h, made again in its 16-bit rounding.
     block, row_range = tl.program_id(0), tl.program_id(1)
     columns = block * BN + tl.arange(0, BN)
     column_mask = columns < F
     k, j = tl.arange(0, RP), tl.arange(0, RP_DOWN)
     kind = out.dtype.element_ty
     if HAS_LOW:
-        b_gate = _load_factor(b, columns, column_mask, rank, RP)
-        b_up = _load_factor(b + F * rank, columns, column_mask, rank, RP)
+        b_gate = _load_term_factor(b, columns, column_mask, rank, RP)
+        b_up = _load_term_factor(b + F * rank, columns, column_mask, rank, RP)
     if HAS_DOWN:
         a_mask = (j < rank_down)[:, None] & column_mask[None, :]
         a_tile = tl.load(a_down + j[:, None] * F + columns[None, :], mask=a_mask, other=0.0)
-    db_gate = tl.zeros((BN, RP), tl.float32)
-    db_up = tl.zeros((BN, RP), tl.float32)
     da = tl.zeros((BN, RP_DOWN), tl.float32)
     begin = row_range * rows_of_range
     for start in tl.range(begin, tl.minimum(begin + rows_of_range, T), BT, num_stages=STAGES):
@@ -202,31 +198,17 @@ def swiglu_thin_grad_kernel(
         if HAS_LOW:
             u_gate = _load_rows(u, start, T, 2 * rank, k, k < rank, BT)
             u_up = _load_rows(u + rank, start, T, 2 * rank, k, k < rank, BT)
-            gate = tl.dot(u_gate, tl.trans(b_gate), gate, input_precision="ieee")
-            up = tl.dot(u_up, tl.trans(b_up), up, input_precision="ieee")
+            gate = tl.dot(u_gate, b_gate, gate, input_precision="ieee")
+            up = tl.dot(u_up, b_up, up, input_precision="ieee")
         if HAS_DOWN:
             d_tile = _load_rows(du_down, start, T, rank_down, j, j < rank_down, BT)
             gradient = tl.dot(d_tile, a_tile, gradient, input_precision="ieee")
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
-        d_gate = (gradient * up * sigmoid * (1 + gate * (1 - sigmoid))).to(kind)
-        d_up = (gradient * silu).to(kind)
-        h = (silu * up).to(kind)
+        d_gate = gradient * up * sigmoid * (1 + gate * (1 - sigmoid))
         _store_rows(out, d_gate, start, T, 2 * F, columns, column_mask, BT)
-        _store_rows(out + F, d_up, start, T, 2 * F, columns, column_mask, BT)
-        if WANTS_H:
-            _store_rows(out_h, h, start, T, F, columns, column_mask, BT)
-        if WANTS_DU:
-            du_gate = tl.dot(d_gate, b_gate, input_precision="ieee")
-            du_up = tl.dot(d_up, b_up, input_precision="ieee")
-            _store_thin(du_parts, du_gate, block, start, T, rank, RP, BT)
-            _store_thin(du_parts, du_up, tl.num_programs(0) + block, start, T, rank, RP, BT)
-            db_gate = tl.dot(tl.trans(d_gate), u_gate, db_gate, input_precision="ieee")
-            db_up = tl.dot(tl.trans(d_up), u_up, db_up, input_precision="ieee")
-        if WANTS_DA:
-            da = tl.dot(tl.trans(h), d_tile, da, input_precision="ieee")
-    if WANTS_DU:
-        _store_factor(db_parts, db_gate, row_range, 2 * F, columns, column_mask, rank, RP)
-        _store_factor(db_parts + F * rank, db_up, row_range, 2 * F, columns, column_mask, rank, RP)
-    if WANTS_DA:
+        _store_rows(out + F, gradient * silu, start, T, 2 * F, columns, column_mask, BT)
+        if HAS_DOWN:
+            da = tl.dot(tl.trans((silu * up).to(kind)), d_tile, da, input_precision="ieee")
+    if HAS_DOWN:
         _store_factor(da_parts, da, row_range, F, columns, column_mask, rank_down, RP_DOWN)

@@ -124,7 +124,7 @@ def test_workers_give_what_one_process_gives(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_few_examples_start_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks.subprocess, "run", None)
+    monkeypatch.setattr(checks, "map_in_children", None)
     encoded = encode_rows(EXAMPLES, encode, max_tokens=10, over_length="drop", truncate=truncate, num_proc=8)
     assert encoded.num_rows == 2
 

@@ -5,9 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from medcot.data.columns import Built, build_examples, find_row_number, locate, make_id
+from medcot.data.columns import (
+    Built,
+    PlanBuilder,
+    Purpose,
+    build_examples,
+    choose_layout,
+    find_row_number,
+    locate,
+    make_id,
+)
 from medcot.data.files import Part
-from medcot.data.sources import Table, load_rows
+from medcot.data.sources import Table, load_rows, stream_rows
 from medcot.errors import DataError
 
 REAL = Path(__file__).parents[2] / "../shared/data/medical-o1-reasoning-SFT/train.jsonl"
@@ -137,3 +146,49 @@ def test_ids_carry_row_numbers() -> None:
     assert make_id("owner/medical-o1", 3) == "medical-o1:3"
     assert find_row_number("train:12") == 12
     assert find_row_number("clinic-anion-gap") is None and find_row_number("a:b") is None
+
+
+def test_reasoning_in_the_response_is_split_off_and_said() -> None:
+    row = {"Question": "Why?", "Response": "<think>Hm.</think>So."}
+    built = _build(row, {**row, "Response": "So."})
+    assert (built.examples[0].reasoning, built.examples[0].response) == ("Hm.", "So.")
+    assert "Column 'Response' holds the reasoning too, up to </think>." in built.sentences
+    assert "1 row had reasoning and answer in one text; it was split at </think>." in built.sentences
+    assert built.quarantined[0].reason == "the response ('Response') holds no </think>, so no reasoning"
+    named = {"question": "a", "response": "b"}
+    assert _build({"a": "Why?", "b": "Hm.</think>So.", "c": "x"}, columns=named).examples[0].reasoning == "Hm."
+
+
+@pytest.mark.parametrize("value", [None, "", " \n", "<think> </think>"])
+def test_a_row_without_reasoning_can_be_inspected(value: object) -> None:
+    table = _table(GOOD, {**GOOD, "Complex_CoT": value}, {**GOOD, "Complex_CoT": 7})
+    built = build_examples(table, purpose=Purpose.INSPECT)
+    assert [example.reasoning for example in built.examples] == ["Because.", None]
+    assert "1 row came without a reasoning." in built.sentences and len(built.quarantined) == 1
+    assert len(build_examples(table).quarantined) == 2
+
+
+def test_layouts_do_not_overrule_what_the_user_names() -> None:
+    row = {"instruction": "Why?", "output": "<think>Hm.</think>So.", "note": "n"}
+    named = {"question": "note", "reasoning": "instruction", "response": "output"}
+    with pytest.raises(DataError, match=r"None of the 1 row .* stray <think>"):
+        _build(row, columns=named)
+    assert _build(row).examples[0].question == "Why?"
+
+
+def test_a_stream_is_built_a_chunk_at_a_time(tmp_path: Path) -> None:
+    for name, num_rows in (("a.csv", 3), ("b.csv", 4)):
+        lines = [f"q{number},{'' if number == 2 else 'c'},r" for number in range(num_rows)]
+        (tmp_path / name).write_text("Question,Complex_CoT,Response\n" + "\n".join(lines) + "\n")
+    whole = build_examples(load_rows(str(tmp_path)))
+    stream = stream_rows(str(tmp_path))
+    rows = [row for row, _ in stream]
+    plan = choose_layout(list(rows[0]), rows, source=stream.source)
+    parts = [plan.build(rows[start : start + 2], start + 1, stream.places) for start in range(0, len(rows), 2)]
+    assert [example for part in parts for example in part.examples] == whole.examples
+    assert [item for part in parts for item in part.quarantined] == whole.quarantined
+    assert whole.quarantined[1].reason.endswith("is empty (b.csv, row 3)")
+    counts = parts[0].counts + parts[1].counts + parts[2].counts + parts[3].counts
+    assert plan.say(counts) == whole.sentences
+    assert PlanBuilder(plan, stream.places).build(1, rows) == (whole.examples, whole.quarantined)
+    assert PlanBuilder(plan).settings != PlanBuilder(choose_layout(list(rows[0]), rows, source="y")).settings

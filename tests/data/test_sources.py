@@ -23,7 +23,7 @@ from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import errors as hub
 
-from medcot.data.sources import load_rows, parse_slice
+from medcot.data.sources import load_rows, parse_slice, stream_rows
 from medcot.errors import DataError, MedcotError, NetworkError, OutputError
 
 REAL = Path(__file__).parents[2] / "../shared/data/medical-o1-reasoning-SFT/train.jsonl"
@@ -69,6 +69,16 @@ def test_local_file_slice_columns_and_notes(tmp_path: Path) -> None:
     table = load_rows(f"{path}[:500]")
     assert table.columns == ["a", "b"]
     assert "500 rows were asked for" in table.notes[0] and "has 2" in table.notes[0]
+
+
+def test_a_stream_says_what_a_table_says(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": 1}\n\n{"b": 2}\n')
+    table, stream = load_rows(f"{path}[:5]", config="en"), stream_rows(f"{path}[:5]", config="en")
+    assert [row for row, name in stream if name == "x.jsonl"] == table.rows
+    assert (stream.source, stream.revision, stream.sha256) == (table.source, None, table.sha256)
+    assert (stream.parts, stream.notes) == (table.parts, table.notes) and len(stream.notes) == 3
+    assert stream.fetch([2]) == {2: {"b": 2}} and stream.places.find(2) == ("x.jsonl", 2)
 
 
 @pytest.mark.parametrize(
@@ -275,12 +285,15 @@ def endpoint() -> Iterator[str]:
 
 _ASK = """
 import json, sys
-from medcot.data.sources import load_rows
+from medcot.data.sources import load_rows, stream_rows
 from medcot.errors import MedcotError
 out = []
 for kwargs in json.loads(sys.argv[1]):
     try:
         t = load_rows(**kwargs)
+        s = stream_rows(**kwargs)
+        assert [row for row, name in s if name == t.source] == t.rows and s.sha256 == t.sha256
+        assert s.fetch([len(t.rows), 1]) == {1: t.rows[0], len(t.rows): t.rows[-1]} and s.fetch([]) == {}
         out.append({"rows": t.rows, "revision": t.revision, "sha256": t.sha256, "notes": t.notes, "source": t.source})
     except MedcotError as error:
         out.append({"error": type(error).__name__, "text": str(error)})

@@ -5,28 +5,21 @@ end-of-sequence token, so the model learns neither to answer nor to stop; cut fr
 Here a row over the limit is dropped (listed and counted), refused, or shortened in the middle of its thinking by
 ``prompt.py``, which keeps question, ``</think>``, answer and end.
 
-Encoding runs in worker processes when there are many rows. The workers are plain ``python -c`` children that talk
-pickle over their pipes, not a ``multiprocessing`` pool: forking a process in which tokenizer and BLAS threads live can
-deadlock, and ``spawn`` imports the caller's main script again, so that a script of three lines without an ``if
-__name__`` guard would load its model once more in every worker. A child here imports only what the callables need, and
-its printing cannot reach the terminal. The callables must therefore come from importable modules
-(``functools.partial`` of a module function).
+Encoding runs in worker processes (``children.py``) when there are many rows; the callables must then come from
+importable modules (``functools.partial`` of a module function).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import json
 import os
-import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from medcot.data.children import map_in_children
 from medcot.data.columns import find_row_number
 from medcot.errors import DataError, OutputError, did_you_mean
 from medcot.records import Example, Quarantined, Row
@@ -38,9 +31,6 @@ POLICIES = ("drop", "error", "truncate_think")
 FEWEST_CHARACTERS_FOR_WORKERS = 5_000_000
 
 _NUM_LISTED = 5  # rows named in an error message
-_CHILD = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from medcot.data.checks import serve_share; serve_share()"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,30 +217,9 @@ def _judge_in_workers(examples: Sequence[Example], job: _Job, num_proc: int) -> 
     """Give each worker a contiguous share, so that the joined answers are in order."""
     size = -(-len(examples) // num_proc)
     shares = [list(examples[start : start + size]) for start in range(0, len(examples), size)]
-    with ThreadPoolExecutor(len(shares)) as threads:  # a thread a child, only to feed its pipes
-        return [verdict for part in threads.map(lambda share: _ask_child(share, job), shares) for verdict in part]
+    judged = map_in_children(functools.partial(_judge_share, job=job), shares, num_proc)
+    return [verdict for part in judged for verdict in part]
 
 
-def _ask_child(share: list[Example], job: _Job) -> list[Verdict]:
-    """Run one worker to its end.
-
-    Raises:
-        ChildProcessError: the worker broke; its last words are quoted.
-    """
-    child = subprocess.run(
-        [sys.executable, "-c", _CHILD, json.dumps(sys.path)], input=pickle.dumps((job, share)), capture_output=True
-    )
-    if child.returncode != 0:
-        words = child.stderr.decode("utf-8", "replace").strip()[-2000:]
-        raise ChildProcessError(f"A worker that encodes rows ended with status {child.returncode}:\n{words}")
-    verdicts: list[Verdict] = pickle.loads(child.stdout)
-    return verdicts
-
-
-def serve_share() -> None:
-    """Answer one share: pickled job on standard input, pickled verdicts on standard output. Runs in the worker."""
-    with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints must not run into the pickle
-        job, share = pickle.load(sys.stdin.buffer)
-        answer = pickle.dumps([_judge(example, job) for example in share])
-    sys.stdout.buffer.write(answer)
-    sys.stdout.buffer.flush()
+def _judge_share(share: list[Example], job: _Job) -> list[Verdict]:
+    return [_judge(example, job) for example in share]

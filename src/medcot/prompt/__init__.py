@@ -31,12 +31,29 @@ from medcot.prompt.decode import (
     StreamSplitter,
     decode,
     decode_spans,
+    decode_tokens,
     split_completion,
 )
-from medcot.prompt.encode import encode_prompt, encode_row, render_prompt, truncate_think
-from medcot.prompt.frames import THINK_CLOSE, THINK_OPEN, TUTORIAL_QUESTION, TUTORIAL_TEMPLATE, Style
+from medcot.prompt.encode import (
+    ELLIPSIS,
+    count_shortest_think,
+    encode_prompt,
+    encode_row,
+    normalise,
+    render_prompt,
+    truncate_think,
+)
+from medcot.prompt.frames import (
+    THINK_CLOSE,
+    THINK_OPEN,
+    TUTORIAL_QUESTION,
+    TUTORIAL_TEMPLATE,
+    Style,
+    find_markers,
+)
 
 __all__ = [
+    "ELLIPSIS",
     "THINK_CLOSE",
     "THINK_OPEN",
     "TUTORIAL_QUESTION",
@@ -46,10 +63,14 @@ __all__ = [
     "StreamPiece",
     "StreamSplitter",
     "Style",
+    "count_shortest_think",
     "decode",
     "decode_spans",
+    "decode_tokens",
     "encode_prompt",
     "encode_row",
+    "find_markers",
+    "normalise",
     "render_prompt",
     "split_completion",
     "truncate_think",

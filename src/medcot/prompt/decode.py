@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from enum import StrEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from medcot.prompt.frames import THINK_CLOSE, THINK_OPEN, control_ids
-from medcot.records import Completion, Finish, Row
+from medcot.prompt.frames import THINK_CLOSE, THINK_OPEN, control_ids, tokenise
+from medcot.records import Completion, Finish, Row, Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED_LABEL = -100  # cross entropy's ignore_index
+_MOST_PARTS = 16  # tokens tried together as one character; real ones have four at most
 
 
 class SpanKind(StrEnum):
@@ -46,6 +48,43 @@ def decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, skip_special:
     control = control_ids(tokenizer) if skip_special else frozenset()
     kept = [token_id for token_id in ids if token_id not in control]
     return cast(str, tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def decode_tokens(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
+    """Return the text of tokens and each token's character range in it; tokens of one character share its range.
+
+    Pieces are decoded once an id, behind an ordinary token (some decoders treat the first token of a text apart), and
+    joined; where that is not the text, every prefix is decoded instead, which takes time quadratic in the tokens.
+    """
+    text, known = decode(ids, tokenizer), _known_pieces(tokenizer, len(tokenizer))
+    anchor = tokenise("a", tokenizer)[0]
+    pieces: list[str] = []
+    spans: list[Span] = []
+    first = position = 0
+    for index, token_id in enumerate(ids):
+        group = list(ids[first : index + 1])
+        alone, lead = 0 < first == index, anchor if first else []
+        piece = known.get(token_id) if alone else None
+        if piece is None:
+            piece = decode([*lead, *group], tokenizer)[len(decode(lead, tokenizer)) :]
+            if alone:
+                known[token_id] = piece
+        if piece.endswith("\N{REPLACEMENT CHARACTER}") and index + 1 < len(ids) and len(group) < _MOST_PARTS:
+            continue
+        spans += [(position, position + len(piece))] * len(group)
+        pieces.append(piece)
+        position += len(piece)
+        first = index + 1
+    if "".join(pieces) != text:
+        ends = [len(decode(ids[:stop], tokenizer)) for stop in range(len(ids) + 1)]
+        spans = list(itertools.pairwise(ends))
+    return text, spans
+
+
+@lru_cache(maxsize=4)
+def _known_pieces(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> dict[int, str]:
+    """Texts of single tokens, filled as they are met; the number only tells the cache that tokens were added."""
+    return {}
 
 
 def decode_spans(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[SpanText]:

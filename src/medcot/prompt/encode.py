@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 ELLIPSIS = " … "  # stands where `truncate_think` took reasoning out
+_FEWEST_KEPT = 2  # tokens of reasoning that `truncate_think` leaves at least: one at each end
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ def truncate_think(
         return _join(example.id, parts, parts.reasoning, frame, train_on_prompt)
     gap = tokenise(ELLIPSIS, tokenizer)[0]
     num_kept = max_tokens - num_fixed - len(gap)
-    if num_kept < 2:
+    if num_kept < _FEWEST_KEPT:
         raise DataError(
             f"Row {example.id!r} needs {num_fixed} tokens for its question and answer alone, and may have {max_tokens}",
             "Cutting reasoning must leave the question, the answer, EOS and at least two tokens of reasoning",
@@ -99,6 +100,15 @@ def truncate_think(
     while tail < num_reasoning and not parts.cuts[tail]:
         tail += 1
     return _join(example.id, parts, parts.reasoning[:head] + gap + parts.reasoning[tail:], frame, train_on_prompt)
+
+
+def count_shortest_think(style: Style, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the tokens that ``truncate_think`` needs between prompt and answer: two of reasoning, gap, ``</think>``.
+
+    Raises:
+        ModelError: as in ``render_prompt``.
+    """
+    return _FEWEST_KEPT + len(tokenise(ELLIPSIS, tokenizer)[0]) + len(frame_of(style, tokenizer).close_ids)
 
 
 def _encode_parts(example: Example, frame: Frame, tokenizer: PreTrainedTokenizerBase) -> _Parts:
@@ -172,7 +182,7 @@ def _plain(text: str | None, name: str, tokenizer: PreTrainedTokenizerBase, head
             "Text must be valid Unicode",
             "Repair how the source was decoded",
         ) from error
-    seen = _normalise(stripped, tokenizer)
+    seen = normalise(stripped, tokenizer)
     for string in (THINK_OPEN, THINK_CLOSE, *headings):
         if string in seen:
             raise _forged(name, string)
@@ -191,7 +201,7 @@ def _refuse_changed(text: str, ids: list[int], name: str, frame: Frame, tokenize
     """Raise where user text did not stay what it was: where tokens lost some of it, or became control tokens."""
     decoded = decode(ids, tokenizer)
     # SentencePiece writes a space as "▁" and puts one before each piece: no difference in what is said.
-    want, got = (t.replace(" ", "").replace("▁", "") for t in (_normalise(text, tokenizer), decoded))
+    want, got = (t.replace(" ", "").replace("▁", "") for t in (normalise(text, tokenizer), decoded))
     if decoded == text or want == got:
         forged = next((i for i in ids if i in frame.refused_ids), None)
         if forged is not None:
@@ -205,7 +215,7 @@ def _refuse_changed(text: str, ids: list[int], name: str, frame: Frame, tokenize
     )
 
 
-def _normalise(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def normalise(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the text as the tokenizer's normaliser hands it on."""
     normalizer = cast("PreTrainedTokenizerFast", tokenizer).backend_tokenizer.normalizer
     return text if normalizer is None else cast(str, normalizer.normalize_str(text))

@@ -105,8 +105,21 @@ def _build_frame(
         close_ids=tuple(tokenise(THINK_CLOSE, tokenizer)[0]),
         eos_id=eos_id,
         refused_ids=control_ids(tokenizer) | _tag_ids(tokenizer),
-        headings=_HEADINGS if style is Style.TUTORIAL else (),
+        headings=_headings(style, head, tail, tokenizer),
     )
+
+
+def _headings(style: Style, head: str, tail: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Return what begins a turn in ordinary text: a template may write ``[/INST]`` or ``ASSISTANT:`` with no token.
+
+    A line that is a bare word ("assistant" between control tokens) begins nothing, and is found in many a question.
+    """
+    if style is not Style.CHAT:
+        return _HEADINGS if style is Style.TUTORIAL else ()
+    control = cast("list[str]", tokenizer.convert_ids_to_tokens(sorted(control_ids(tokenizer))))
+    between = re.compile("|".join(map(re.escape, [*control, THINK_OPEN, "\n"])))
+    lines = [between.split(head.rstrip())[-1], *between.split(tail)]
+    return tuple(line.strip() for line in lines if line.strip() and not line.strip().isalnum())
 
 
 def _lead_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -163,6 +176,17 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
         or _LOOKS_LIKE_CONTROL.match(token.content)
     }
     return frozenset(named | added) - _tag_ids(tokenizer)
+
+
+def find_markers(style: Style, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what no user text may hold (thinking tags, control tokens), and what no question may (headings).
+
+    Raises:
+        ModelError: the tokenizer has no usable chat template (style ``chat``), or no EOS.
+    """
+    frame = frame_of(style, tokenizer)
+    control = cast("list[str]", tokenizer.convert_ids_to_tokens(sorted(control_ids(tokenizer))))
+    return tuple(dict.fromkeys([THINK_OPEN, THINK_CLOSE, *control])), frame.headings
 
 
 def _tag_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from medcot.folder import read_lines
-from tiny_runs import read_facts, read_losses
+from tiny_runs import read_facts, read_losses, read_validation
 
 
 def launch(recipe: Path, out: Path, *overrides: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
@@ -47,7 +47,10 @@ def assert_same_run(one: Path, two: Path, *, adapter: float = 1e-3, losses: floa
         if ".lora_B." in name:  # B starts at zero
             assert (got[name] - tensor).norm() < adapter * tensor.norm(), name
     assert read_losses(two) == pytest.approx(read_losses(one), rel=losses)
-    logged = [read_lines(out / "metrics.jsonl") for out in (one, two)]
+    watched = [read_validation(out) for out in (one, two)]
+    assert [step for step, _ in watched[1]] == [step for step, _ in watched[0]]
+    assert [loss for _, loss in watched[1]] == pytest.approx([loss for _, loss in watched[0]], rel=losses)
+    logged = [[line for line in read_lines(out / "metrics.jsonl") if "loss" in line] for out in (one, two)]
     for key in ("tokens", "trained_tokens"):
         assert [line[key] for line in logged[0]] == [line[key] for line in logged[1]]
     first, second = read_facts(one)["train"], read_facts(two)["train"]

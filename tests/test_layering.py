@@ -17,11 +17,11 @@ SOURCE = Path(medcot.__file__).parent
 # line do not know each other. A package is named once, unless a part of it stands elsewhere.
 ORDER = """
     errors  records  quiet
-    ranks
+    ranks  stages
     recipe  recipes  secrets  shapes
     prompt  precision  weights
     data  clinic  engine  embedded  merging
-    model
+    model  rows
     generate
     train  evaluate  export  hub  tracking_worker
     tracking  report
@@ -36,7 +36,7 @@ STOREYS = [line.split() for line in ORDER.strip().splitlines()]
 PLACE = {name: number for number, names in enumerate(STOREYS) for name in names}
 # They work on text and numbers, so a help page, a grade or a table never waits for a tensor library.
 LIGHT = [
-    *("errors", "records", "recipe", "secrets", "quiet", "shapes", "prompt", "clinic", "cli"),
+    *("errors", "records", "stages", "recipe", "secrets", "quiet", "shapes", "prompt", "clinic", "rows", "cli"),
     *("evaluate", "evaluate.grading", "evaluate.stats", "data.sources", "data.columns", "data.checks", "data.packing"),
     "train.progress",
 ]

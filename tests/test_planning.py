@@ -243,7 +243,8 @@ def test_the_plain_path_is_offered_only_what_it_can_do(monkeypatch):
 
 def test_small_pieces_follow_the_length_of_a_row():
     tiles = [small_pieces(tokens).tile_tokens for tokens in (10, 1900, 20_000, 56_000, 10**6)]
-    assert tiles == [256, 256, 512, 1664, 2048]
+    assert tiles == [1024, 1024, 1024, 1664, 2048]
+    assert small_pieces(1900).one_weight and not small_pieces(56_000).one_weight
 
 
 def test_a_split_only_takes_divisors(monkeypatch):

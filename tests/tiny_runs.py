@@ -44,4 +44,9 @@ def read_facts(out: Path) -> dict[str, Any]:
 
 
 def read_losses(out: Path) -> list[float]:
-    return [line["loss"] for line in folder.read_lines(out / "metrics.jsonl")]
+    return [line["loss"] for line in folder.read_lines(out / "metrics.jsonl") if "loss" in line]
+
+
+def read_validation(out: Path) -> list[tuple[int, float]]:
+    lines = folder.read_lines(out / "metrics.jsonl")
+    return [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]

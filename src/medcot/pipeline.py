@@ -91,7 +91,7 @@ def _do(job: Job) -> None:
         raw = planning.read_examples(recipe)
         _check_unchanged(job, raw.sha256)
         problems = planning.load_test_problems(recipe.evaluate.source) if recipe.evaluate.source else []
-        line.detail = f"{len(raw.examples):,} examples from {recipe.data.source}"
+        line.detail = f"{len(raw.examples):,} examples from {recipe.data.named}"
     with job.stage("load model") as line:
         loaded = _load(job)
         line.detail = f"{loaded.source}, {loaded.num_params / 1e6:,.0f} M parameters, {loaded.precision}"
@@ -238,7 +238,7 @@ def _check_unchanged(job: Job, sha256: str) -> None:
     known = job.facts["data"].get("train", {}).get("sha256", sha256)
     if known != sha256:
         raise DataError(
-            f"'{job.recipe.data.source}' has changed since the run was started",
+            f"'{job.recipe.data.named}' has changed since the run was started",
             "A resumed run trains on the rows it was started with, else its two halves would not be one run",
             "Bring the old file back, or start a new run",
         )
@@ -256,7 +256,9 @@ def _keep_data(job: Job, data: TrainingData, num_problems: int) -> None:
         job.console.warn(
             f"{len(data.quarantined)} rows set aside, listed in {quarantine}; row {first.row_number}: {first.reason}"
         )
-    job.record(data={"train": data.facts(), "eval": {"source": job.recipe.evaluate.source, "rows": num_problems}})
+    evaluated = {"source": job.recipe.evaluate.source, "rows": num_problems}
+    held_out = {"validation": data.validation_facts()} if data.validation else {}
+    job.record(data={"train": data.facts(), **held_out, "eval": evaluated})
 
 
 def _answers(job: Job, when: str, model: Any, loaded: LoadedModel, problems: Sequence[Any]) -> list[dict[str, Any]]:
@@ -340,22 +342,35 @@ def _train(job: Job, model: PeftModel, loaded: LoadedModel, data: TrainingData) 
                 memory_gb=metrics.memory_gb,
             )
 
+        def on_validation(validated: Any) -> None:
+            log.write(folders.to_json(dataclasses.asdict(validated)) + "\n")
+            log.flush()
+            job.tracker.log({"validation_loss": validated.validation_loss}, validated.step)
+            bar.validated(validated.step, validated.validation_loss)
+
         result = sft.train(
             model,
             loaded.tokenizer,
             data.rows,
             plan,
             job.run.checkpoints,
+            validation=data.validation,
             resume_from=resume_from,
             on_step=on_step,
+            on_validation=on_validation,
             announce=job.console.warn,
         )
     facts = dataclasses.asdict(result)
-    logged = folders.read_lines(job.run.metrics)  # this process may have seen only the steps after a checkpoint
+    lines = folders.read_lines(job.run.metrics)  # this process may have seen only the steps after a checkpoint
+    logged = [line for line in lines if "loss" in line]
     first, last = logged[0], logged[-1]
     facts["loss_first"], facts["loss_last"], facts["seconds"] = first["loss"], last["loss"], last["elapsed_s"]
     facts["tokens_per_s"] = last["tokens"] / last["elapsed_s"]
     facts["trained_tokens_per_s"] = last["trained_tokens"] / last["elapsed_s"]
+    if held_out := [line for line in lines if "validation_loss" in line]:
+        facts["validation_loss_first"] = held_out[0]["validation_loss"]
+        facts["validation_loss_last"] = held_out[-1]["validation_loss"]
+        facts["validation_s"] = sum(line["validation_s"] for line in held_out)
     facts["predicted_memory_gb"] = round(predicted_gb, 2)
     facts["path"] = "engine" if fast else "plain"
     facts["processes"] = ranks.current().size
@@ -367,10 +382,11 @@ def _keep_metrics(run: Run, resume_from: Path | None) -> dict[str, Any]:
     """Drop the lines of steps that will be done again; return the sums so far, which this process goes on from."""
     if not run.metrics.exists():
         return {}
-    done = int(resume_from.name.rpartition("-")[2]) if resume_from is not None else 0
+    done = int(resume_from.name.rpartition("-")[2]) if resume_from is not None else -1
     kept = [line for line in folders.read_lines(run.metrics) if line["step"] <= done]
     folders.write_lines(run.metrics, kept)
-    return {key: kept[-1][key] for key in ("tokens", "trained_tokens", "elapsed_s")} if kept else {}
+    sums = [{key: line[key] for key in ("tokens", "trained_tokens", "elapsed_s")} for line in kept if "loss" in line]
+    return sums[-1] if sums else {}
 
 
 def _compare(job: Job, problems: Sequence[Any], before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:

@@ -1,25 +1,20 @@
 """What a recipe will do on this machine, worked out before it is done: rows, steps, memory and time.
 
-``read_examples`` and ``encode_examples`` are the whole way from a source to rows of tokens, with everything that was
-set aside; they are two, so that a mistake in the data shows before gigabytes of weights are loaded. ``build_plan``
-turns a recipe and those rows into final numbers. ``pipeline.run`` and ``--dry-run`` both stand on them, so what a dry
-run prints is what a run does.
+``read_examples`` and ``encode_examples`` (``rows.py``) are the whole way from sources to rows of tokens, with
+everything that was set aside. ``build_plan`` turns a recipe and those rows into final numbers. ``pipeline.run`` and
+``--dry-run`` both stand on them, so what a dry run prints is what a run does.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from medcot import clinic, prompt
-from medcot.data import checks, columns, sources
+from medcot import clinic
+from medcot.data import sources
 from medcot.engine.devices import has_flash, has_triton
 from medcot.engine.memory import (
     FASTEST,
@@ -31,20 +26,31 @@ from medcot.engine.memory import (
     small_pieces,
     weight_gb,
 )
-from medcot.errors import DataError, RecipeError
+from medcot.errors import RecipeError
 from medcot.recipe import Checkpointing, Recipe, TrainStage
-from medcot.records import Example, Quarantined, Row
-from medcot.secrets import SecretName, find_secret
+from medcot.records import Example, Row
+from medcot.rows import CLINIC, CLINIC_ROWS, CLINIC_SEED, RawData, TrainingData, encode_examples, read_examples
 from medcot.train import sft
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from medcot.shapes import Shape
 
-CLINIC = "builtin:clinic"
-CLINIC_ROWS = 2000  # what "builtin:clinic" means without a slice
-CLINIC_SEED = 3407
+__all__ = [
+    "CLINIC",
+    "CLINIC_ROWS",
+    "RawData",
+    "TrainingData",
+    "build_plan",
+    "encode_examples",
+    "estimate_disk_bytes",
+    "estimate_tokens",
+    "fit_answers",
+    "free_memory_gb",
+    "load_test_problems",
+    "read_examples",
+    "tokens_of_run",
+]
+
 # Share of free memory a step may take before activations are recomputed: the rest is for fragmentation and the system.
 MEMORY_SHARE = 0.85
 # What a recipe's word allows.
@@ -60,91 +66,6 @@ UNPACKED = Memory(Keep.ALL, unpacked=True)
 # is worth, for Llama 8B's shape on an H200: INPUT as bench/gpu_sft.py measured it, the others reckoned from it.
 RELATIVE_TIME = {Keep.ALL: 1.0, Keep.LEAN: 1.03, Keep.INPUT: 1.3, Keep.HOST: 1.35}
 OVERHEAD_TOKENS = 400
-
-
-@dataclass(frozen=True)
-class RawData:
-    """Examples as read, before a tokenizer is known."""
-
-    source: str
-    sha256: str
-    revision: str | None
-    examples: list[Example]
-    quarantined: list[Quarantined]
-    sentences: list[str] = field(default_factory=list)  # what each column became, and what was noticed
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Rows of tokens, and the account of how they came to be."""
-
-    raw: RawData
-    rows: list[Row]
-    quarantined: list[Quarantined]
-    sentences: list[str]
-
-    def facts(self) -> dict[str, Any]:
-        """The ``data.train`` part of run.json."""
-        return {
-            "source": self.raw.source,
-            "revision": self.raw.revision,
-            "rows": len(self.rows),
-            "tokens": sum(row.num_tokens for row in self.rows),
-            "trained_tokens": sum(row.num_trained_tokens for row in self.rows),
-            "sha256": self.raw.sha256,
-            "quarantined": len(self.quarantined),
-        }
-
-
-def read_examples(recipe: Recipe) -> RawData:
-    """Read the recipe's rows.
-
-    Raises:
-        DataError: nothing that can be trained on.
-        NetworkError: a Hub data set, and no network.
-    """
-    data = recipe.data
-    name, count = sources.parse_slice(data.source)
-    if name == CLINIC:
-        examples = clinic.generate(CLINIC_ROWS if count is None else count, split="train", seed=CLINIC_SEED)
-        return RawData(data.source, _digest(examples), None, examples, [])
-    secret = find_secret(SecretName.HUGGING_FACE)
-    table = sources.load_rows(
-        data.source,
-        config=data.config,
-        split=data.split,
-        revision=data.revision,
-        token=secret.value if secret else None,
-    )
-    built = columns.build_examples(table, {str(name): column for name, column in data.columns.items()})
-    return RawData(
-        data.source, table.sha256, table.revision, built.examples, list(built.quarantined), list(built.sentences)
-    )
-
-
-def encode_examples(raw: RawData, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
-    """Turn examples into rows of tokens, by the recipe's style and its policy for long rows.
-
-    Raises:
-        DataError: no row is left.
-    """
-    options: dict[str, Any] = {
-        "style": prompt.Style(recipe.prompt.style),
-        "tokenizer": tokenizer,
-        "train_on_prompt": recipe.train.train_on_prompt,
-    }
-    encoded = checks.encode_rows(
-        raw.examples,
-        functools.partial(_encode, **options),
-        max_tokens=recipe.model.max_seq_length,
-        over_length=recipe.data.over_length.value,
-        truncate=functools.partial(_shorten, **options),
-        num_proc=recipe.data.num_proc,
-    )
-    sentences = list(raw.sentences)
-    if encoded.num_truncated:
-        sentences.append(f"{encoded.num_truncated} rows had the middle of their reasoning taken out to fit.")
-    return TrainingData(raw, encoded.rows, raw.quarantined + encoded.quarantined, sentences)
 
 
 def load_test_problems(source: str) -> list[Example]:
@@ -205,6 +126,8 @@ def build_plan(
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
         logging_steps=stage.logging_steps,
+        validate_steps=stage.validate_steps or sft.choose_validate_steps(num_steps, stage.logging_steps),
+        forward_tokens=estimate_tokens(lengths, micro_batch),
         save_steps=stage.save_steps,
         keep_checkpoints=stage.keep_checkpoints,
         memory=memory,
@@ -305,21 +228,3 @@ def _rows_of_steps(num_rows: int, plan: sft.Plan) -> int:
     steps_an_epoch = -(-num_rows // plan.batch_size)
     whole, rest = divmod(plan.num_steps, steps_an_epoch)
     return whole * num_rows + min(rest * plan.batch_size, num_rows)
-
-
-def _encode(example: Example, *, style: prompt.Style, tokenizer: PreTrainedTokenizerBase, train_on_prompt: bool) -> Row:
-    return prompt.encode_row(example, style, tokenizer, train_on_prompt=train_on_prompt)
-
-
-def _shorten(
-    example: Example, max_tokens: int, *, style: prompt.Style, tokenizer: PreTrainedTokenizerBase, train_on_prompt: bool
-) -> Row:
-    return prompt.truncate_think(example, style, tokenizer, train_on_prompt=train_on_prompt, max_tokens=max_tokens)
-
-
-def _digest(examples: Sequence[Example]) -> str:
-    """sha256 of generated problems, as canonical JSON, so that two runs can be seen to have had the same."""
-    if not examples:
-        raise DataError("0 problems were asked for", "Training needs at least one", "Raise the slice in data.source")
-    lines = (json.dumps([e.id, e.question, e.reasoning, e.response], ensure_ascii=False) for e in examples)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

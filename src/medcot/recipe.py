@@ -6,203 +6,82 @@ default is the commonest way to waste a night. The resolved recipe, defaults and
 run, so a run can be repeated from its folder alone. Recipes stop at the verb: ``pipeline.py`` unpacks them and every
 function below takes plain arguments.
 
-Shorthands, so that ``medcot run data=my.jsonl`` reads as it is meant: a plain string given for ``model``, ``data``,
-``evaluate`` or ``tracking`` stands for that stage's first key (``source`` or ``tracker``).
+Shorthands, so that ``medcot run data=my.jsonl`` reads as it is meant, are the stages' own (``stages.py``). Keys that
+exclude each other give way to the one that is given last: ``data=my.jsonl`` on the command line takes the place of a
+recipe's ``data.sources``.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from enum import StrEnum
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError, field_validator, model_validator
 
 from medcot.errors import RecipeError, did_you_mean
+from medcot.stages import (
+    AskStage,
+    Checkpointing,
+    DataStage,
+    Duplicates,
+    EvaluateStage,
+    Identifiers,
+    LoraStage,
+    ModelStage,
+    Origin,
+    OverLength,
+    Precision,
+    PromptStage,
+    PushStage,
+    SaveStage,
+    SourceStage,
+    Stage,
+    TrackingStage,
+    TrainStage,
+    ValidationStage,
+)
 
-
-class Precision(StrEnum):
-    """How the frozen base weights are held."""
-
-    AUTO = "auto"
-    NF4 = "nf4"
-    INT8 = "int8"
-    FP8 = "fp8"
-    BF16 = "bf16"
-    FP16 = "fp16"
-    FP32 = "fp32"
-
-
-class OverLength(StrEnum):
-    """What happens to a row longer than ``model.max_seq_length``; none of them ever cuts the answer or EOS."""
-
-    DROP = "drop"
-    ERROR = "error"
-    TRUNCATE_THINK = "truncate_think"
-
-
-class Checkpointing(StrEnum):
-    """Whether activations are kept, recomputed, or kept in host memory."""
-
-    ON = "on"
-    OFF = "off"
-    OFFLOAD = "offload"
-    AUTO = "auto"
-
+__all__ = [
+    "AskStage",
+    "Checkpointing",
+    "DataStage",
+    "Duplicates",
+    "EvaluateStage",
+    "Identifiers",
+    "LoraStage",
+    "ModelStage",
+    "Origin",
+    "OverLength",
+    "Precision",
+    "PromptStage",
+    "PushStage",
+    "Recipe",
+    "SaveStage",
+    "SourceStage",
+    "Stage",
+    "TrackingStage",
+    "TrainStage",
+    "ValidationStage",
+    "build_recipe",
+    "dump_recipe",
+    "list_recipes",
+    "load_recipe",
+]
 
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-
-PositiveInt = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Stage(BaseModel):
-    """Base of the stage models: frozen and strict; a lone string stands for the stage's first key."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _expand_shorthand(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {next(iter(cls.model_fields)): value}
-        return {} if value is None else value
-
-
-class ModelStage(Stage):
-    """Where the weights come from and how they are held."""
-
-    source: str = "embedded"  # Hub id, folder, GGUF file, or "embedded"
-    revision: str | None = None
-    precision: Precision = Precision.AUTO
-    max_seq_length: PositiveInt = 2048
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-
-
-class PromptStage(Stage):
-    """How a question becomes text."""
-
-    style: Literal["tutorial", "chat", "short"] = "tutorial"
-
-
-class DataStage(Stage):
-    """The training rows."""
-
-    source: str = "builtin:clinic"  # Hub id, file, folder or "builtin:clinic"; "[:500]" behind it takes the first 500
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    columns: dict[Literal["question", "reasoning", "response"], str] = Field(default_factory=dict)
-    over_length: OverLength = OverLength.DROP
-    num_proc: PositiveInt = 2
-
-
-class LoraStage(Stage):
-    """The low-rank adapter."""
-
-    r: PositiveInt = 16
-    alpha: PositiveInt = 16
-    dropout: Fraction = 0.0
-    bias: Literal["none", "all", "lora_only"] = "none"
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    rslora: bool = False
-    dora: bool = False
-    init: Literal["default", "loftq", "pissa"] = "default"
-    seed: int = 3407
-
-
-class TrainStage(Stage):
-    """The optimizer steps."""
-
-    batch_size: PositiveInt = 8  # sequences an optimizer step
-    micro_batch_size: PositiveInt | None = None  # sequences a forward; None: the whole step in one where memory allows
-    max_steps: PositiveInt | None = None
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    warmup: Annotated[float, Field(ge=0)] = 5  # steps; below 1, a share of all steps
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
-    optimizer: Literal["auto", "adamw_8bit", "adamw_torch"] = "auto"
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    train_on_prompt: bool = False
-    gradient_checkpointing: Checkpointing = Checkpointing.AUTO
-    accelerate: bool = True  # the engine's fast path; false runs the plain libraries
-    logging_steps: PositiveInt = 10
-    save_steps: PositiveInt | None = None  # None: no checkpoints; the adapter is saved at the end
-    keep_checkpoints: PositiveInt = 2
-    seed: int = 3407
-
-    @field_validator("gradient_checkpointing", mode="before")
-    @classmethod
-    def _on_is_a_word(cls, value: Any) -> Any:
-        """YAML 1.1 reads a bare ``on`` or ``off`` as a boolean."""
-        return ("on" if value else "off") if isinstance(value, bool) else value
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainStage:
-        if self.max_steps is not None and self.epochs is not None:
-            raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs} are both set; set one to null")
-        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            raise ValueError(f"micro_batch_size={self.micro_batch_size} is larger than batch_size={self.batch_size}")
-        return self
-
-
-class AskStage(Stage):
-    """The questions asked before and after; the tutorial's question is always among them."""
-
-    questions: tuple[str, ...] = ()
-    max_new_tokens: PositiveInt = 1200
-    temperature: Annotated[float, Field(ge=0)] | None = None  # None: the model's generation_config, else 0.6
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None  # None: the model's generation_config, else 0.95
-    seed: int = 3407
-    ignore_eos: bool = False  # write each answer to its limit, to measure speed
-
-
-class EvaluateStage(Stage):
-    """The graded questions asked before and after, greedily."""
-
-    source: str | None = "builtin:clinic[:100]"  # null: no graded evaluation
-    instruction: str | None = None  # put behind each graded question, for models not trained on the answer's form
-    max_new_tokens: PositiveInt = 200
-    batch_size: PositiveInt = 100
-
-
-class TrackingStage(Stage):
-    """Where metrics go besides the run folder."""
-
-    tracker: Literal["auto", "none", "trackio", "wandb", "tensorboard"] = "auto"
-    project: str = "medcot"
-    job_type: str = "training"
-    run_name: str | None = None
-    anonymous: Literal["allow", "must", "never"] | None = None
-
-
-class SaveStage(Stage):
-    """What is kept at the end, besides the adapter, which always is."""
-
-    merged: bool = False  # 16-bit safetensors with the adapter merged in
-
-
-class PushStage(Stage):
-    """What goes to the Hub; nothing unless a repository is named."""
-
-    adapter: str | None = None  # repository id, e.g. "me/my-adapter"
-    merged: str | None = None  # a repository of its own: an adapter beside merged weights would be applied twice
-    private: bool = True
-
-    @model_validator(mode="after")
-    def _two_repositories(self) -> PushStage:
-        if self.adapter is not None and self.adapter == self.merged:
-            raise ValueError(
-                f"adapter and merged both go to '{self.adapter}'; loaders would apply the adapter a second time to the"
-                " merged weights; name two repositories"
-            )
-        return self
+# Keys of which one is set: giving the first takes the others' place.
+_RIVALS = (
+    ("train.max_steps", ("train.epochs",)),
+    ("train.epochs", ("train.max_steps",)),
+    ("data.source", ("data.sources", "data.repeat")),
+    ("data.sources", ("data.source", "data.config", "data.split", "data.revision", "data.columns")),
+    ("data.validation.source", ("data.validation.fraction",)),
+    ("data.validation.fraction", ("data.validation.source",)),
+)
 
 
 class Recipe(Stage):
@@ -260,12 +139,13 @@ def load_recipe(
         RecipeError: unreadable file, unknown key, or a value that breaks its rule.
     """
     values = source.model_dump(mode="json") if isinstance(source, Recipe) else _read_recipe(source)
-    given = {**dict(_flatten(stages or {})), **_parse_overrides(overrides)}
+    given = dict(_spell_out({**dict(_flatten(stages or {})), **_parse_overrides(overrides)}))
+    for one, others in _RIVALS:
+        if given.get(one) not in (None, []):
+            for other in others:
+                _drop_dotted(values, other)
     for key, value in given.items():
         _set_dotted(values, key, value)
-    for one, other in (("train.max_steps", "train.epochs"), ("train.epochs", "train.max_steps")):
-        if given.get(one) is not None and other not in given:
-            _set_dotted(values, other, None)  # a length that is given takes the place of the recipe's own
     return build_recipe(values, where="the recipe" if isinstance(source, Recipe) else str(source))
 
 
@@ -324,10 +204,21 @@ def _read_recipe(source: str | Path) -> dict[str, Any]:
 
 def _flatten(stages: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in stages.items():
-        if isinstance(value, Mapping) and not (prefix == "data." and key == "columns"):
+        if isinstance(value, Mapping) and key != "columns":
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", str(value) if isinstance(value, Path) else value
+
+
+def _spell_out(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Replace a stage's shorthand by the key that it stands for, so that the rest of the stage stays."""
+    for key, value in given.items():
+        model = _stage_model(Recipe, key)
+        expanded = model.expand(value) if model is not None else None
+        if isinstance(value, dict) or not isinstance(expanded, dict) or not expanded:
+            yield key, value
+        else:
+            yield from ((f"{key}.{part}", inner) for part, inner in expanded.items())
 
 
 def _parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -355,31 +246,31 @@ def _yaml_value(text: str) -> Any:
 
 def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
     *stages, last = key.split(".")
+    model: type[Stage] | None = Recipe
     for stage in stages:
+        model = _stage_model(model, stage) if model is not None else None
         inner = values.get(stage)
         if not isinstance(inner, dict):
-            # A shorthand string set earlier, as in "data: my.jsonl" then data.config=en, keeps its meaning.
-            first = _first_key(stage)
-            inner = {first: inner} if first and inner is not None else {}
-            values[stage] = inner
+            # A shorthand set earlier, as in "data: my.jsonl" then data.config=en, keeps its meaning.
+            inner = model.expand(inner) if model is not None else {}
+            values[stage] = inner = inner if isinstance(inner, dict) else {}
         values = inner
-    first = _first_key(last) if not stages and isinstance(value, str) and isinstance(values.get(last), dict) else None
-    if first:
-        values[last][first] = value
-    else:
-        values[last] = value
+    values[last] = value
 
 
-def _first_key(stage: str) -> str | None:
-    """The key that a lone string stands for; ``None`` where ``stage`` is no stage of a recipe."""
-    model = _stage_model(Recipe, stage)
-    return next(iter(model.model_fields)) if model else None
+def _drop_dotted(values: dict[str, Any], key: str) -> None:
+    *stages, last = key.split(".")
+    _set_dotted(values, key, None)  # spells out the shorthands on the way
+    for stage in stages:
+        values = values[stage]
+    del values[last]
 
 
 def _stage_model(parent: type[Stage], name: str) -> type[Stage] | None:
+    """Return the model of a stage, or of the items of a list of them; ``None`` where ``name`` is neither."""
     field = parent.model_fields.get(name)
-    annotation = field.annotation if field else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Stage) else None
+    kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Stage)), None)
 
 
 def _explain(error: ValidationError, where: str) -> RecipeError:
@@ -408,6 +299,8 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
 def _known_keys(stages: list[str]) -> list[str]:
     model: type[Stage] = Recipe
     for stage in stages:
+        if stage.isdigit():  # a place in a list
+            continue
         inner = _stage_model(model, stage)
         if inner is None:
             return []

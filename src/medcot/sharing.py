@@ -118,8 +118,9 @@ def help_train() -> None:
     plan, resume_from, sha256 = order
     if raw.sha256 != sha256:
         raise DataError(
-            f"process {ranks.current().rank} read other rows than the first one from '{recipe.data.source}'",
+            f"process {ranks.current().rank} read other rows than the first one from '{recipe.data.named}'",
             "The processes of a job divide the same rows among them",
             "See that the file is the same for all, and does not change; then go on with --resume",
         )
-    sft.train(model, loaded.tokenizer, data.rows, plan, Run(folder).checkpoints, resume_from=resume_from)
+    folder = Run(folder).checkpoints
+    sft.train(model, loaded.tokenizer, data.rows, plan, folder, validation=data.validation, resume_from=resume_from)

@@ -11,18 +11,21 @@ from accelerate.data_loader import SeedableRandomSampler
 
 from medcot.train.shares import StepShares, collate_share, deal
 from several_processes import adapter_of, assert_same_run, launch
-from tiny_runs import read_facts, run_job
+from tiny_runs import NUM_ROWS, make_rows, read_facts, read_validation, run_job, write_rows
 
 
 @pytest.mark.parametrize("path", ["engine", "plain"])
 def test_two_processes_train_the_adapter_of_one(recipe_file: Path, tmp_path: Path, path: str) -> None:
-    """Five steps of four rows: the fifth ends an epoch of 18 rows, and has two."""
+    """Five steps of four rows: the fifth ends an epoch of 18 rows, and has two. Five other rows are watched."""
+    held_out = write_rows(tmp_path / "held_out.jsonl", make_rows(NUM_ROWS + 5)[NUM_ROWS:])
     settings = ["train.max_steps=6", f"train.accelerate={str(path == 'engine').lower()}", "ask.max_new_tokens=2"]
+    settings += [f"data.validation={held_out}", "train.validate_steps=4"]
     one, two = tmp_path / "one", tmp_path / "two"
     run_job(recipe_file, one, *settings)
     done = launch(recipe_file, two, *settings, "train.micro_batch_size=1")
     assert done.returncode == 0
     assert_same_run(one, two)
+    assert [step for step, _ in read_validation(two)] == [0, 4, 6]
     assert done.stdout.count("save adapter") == 1  # one process draws
     assert read_facts(two)["train"]["path"] == path
 

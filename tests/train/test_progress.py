@@ -77,6 +77,36 @@ def test_plain_training_is_one_line_a_logging_step():
     assert lines[2].startswith("✓ training") and lines[2].endswith("loss 0.400 → 0.200")
 
 
+def test_the_loss_of_held_out_rows_stands_beside_that_of_training():
+    console = _console(terminal=False)
+    run_console = RunConsole(console)
+    with run_console.stage("training"), run_console.training(total_steps=20) as bar:
+        bar.validated(0, 5.0)
+        bar.update(10, loss=4.0)
+        bar.validated(10, 4.5)
+        bar.update(20, loss=3.0)
+        bar.validated(20, 4.25)
+    lines = _text(console).splitlines()
+    assert lines[0] == "step  0/20  validation 5.0000"
+    assert lines[1].startswith("step 10/20  loss 4.0000  ") and "validation" not in lines[1]
+    assert lines[2] == "step 10/20  validation 4.5000"
+    assert lines[-1].endswith("loss 4.000 → 3.000, validation 5.000 → 4.250")
+
+
+def test_a_live_bar_keeps_the_last_validation():
+    console = _console(terminal=True)
+    run_console = RunConsole(console)
+    with run_console.training(total_steps=4) as bar:
+        bar.validated(0, 2.5)
+        bar.update(2, loss=1.5, learning_rate=1e-4)
+        run_console._shown.refresh()
+        bar.validated(2, 2.25)
+        run_console._shown.refresh()
+    text = _text(console)
+    assert "loss 1.5000 · validation 2.5000 · lr 1.00e-04" in text
+    assert "loss 1.5000 · validation 2.2500 · lr 1.00e-04" in text
+
+
 def test_live_training_draws_a_bar_and_takes_it_away():
     console = _console(terminal=True)
     run_console = RunConsole(console)

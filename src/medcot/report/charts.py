@@ -92,7 +92,7 @@ def draw_training(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
     A series that no line of ``metrics.jsonl`` carries is left out.
     """
     charts = [
-        _draw_series(metrics, "Training loss", [("loss", _AFTER, "")], reading=_first_to_last, from_zero=False),
+        _draw_losses(metrics),
         _draw_series(metrics, "Learning rate", [("learning_rate", _AFTER, "")], reading=_peak),
         _draw_series(metrics, "Gradient norm", [("grad_norm", _AFTER, "")], reading=_median),
         _draw_series(
@@ -104,6 +104,19 @@ def draw_training(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
         _draw_series(metrics, "Memory, GB", [("memory_gb", _AFTER, "")], reading=_peak),
     ]
     return [chart for chart in charts if chart is not None]
+
+
+def _draw_losses(metrics: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """Draw the training's loss and, where rows were held out, theirs: where they part, a model memorises."""
+    series = [("loss", _AFTER, "training rows"), ("validation_loss", _SECOND, "held-out rows")]
+    held_out = _collect(metrics, "validation_loss")[1]
+    if not held_out:
+        return _draw_series(metrics, "Training loss", series[:1], reading=_first_to_last, from_zero=False)
+
+    def reading(values: Sequence[float]) -> str:
+        return f"{_first_to_last(values)}; held-out rows {_first_to_last(held_out)}"
+
+    return _draw_series(metrics, "Loss", series, reading=reading, from_zero=False)
 
 
 def _draw_series(

@@ -9,6 +9,8 @@ import torch
 
 from medcot.engine.memory import FASTEST, SMALLEST, Memory
 
+NUM_VALIDATIONS = 10
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -24,6 +26,8 @@ class Plan:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     logging_steps: int = 10
+    validate_steps: int | None = None  # steps from one validation to the next; None: only at the start and the end
+    forward_tokens: int | None = None  # of the largest forward that memory was planned for; None: not known
     save_steps: int | None = None
     keep_checkpoints: int = 2
     memory: Memory = FASTEST
@@ -36,6 +40,11 @@ def count_steps(num_rows: int, batch_size: int, *, max_steps: int | None, epochs
     if max_steps is not None:
         return max_steps
     return max(1, math.ceil((epochs or 1) * math.ceil(num_rows / batch_size)))
+
+
+def choose_validate_steps(num_steps: int, logging_steps: int) -> int:
+    """Steps from one validation to the next, so that a run has about ten, each together with a logging step."""
+    return logging_steps * max(1, round(num_steps / NUM_VALIDATIONS / logging_steps))
 
 
 def count_warmup(warmup: float, num_steps: int) -> int:

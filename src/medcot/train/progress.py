@@ -127,8 +127,11 @@ class TrainingProgress:
     def __init__(self, bar: Bar, print_plain: Callable[[str], None] | None) -> None:
         self._bar = bar
         self._print_plain = print_plain
+        self._parts: list[str] = []
         self.first_loss: float | None = None
         self.last_loss: float | None = None
+        self.first_validation: float | None = None
+        self.last_validation: float | None = None
 
     def update(
         self,
@@ -164,10 +167,25 @@ class TrainingProgress:
         if memory_gb is not None:
             parts.append(f"{memory_gb:.1f} GB")
         if parts:
-            self._bar.parts = parts
+            self._show(parts)
         if self._print_plain is not None and loss is not None:
             width = len(str(self._bar.total))
             self._print_plain("  ".join([f"step {step:>{width}}/{self._bar.total}", *parts, self._bar.clock()]))
+
+    def validated(self, step: int, loss: float) -> None:
+        """Show the loss of the held-out rows after ``step`` optimizer steps."""
+        self.first_validation = loss if self.first_validation is None else self.first_validation
+        self.last_validation = loss
+        self._show(self._parts)
+        if self._print_plain is not None:
+            width = len(str(self._bar.total))
+            self._print_plain(f"step {step:>{width}}/{self._bar.total}  validation {loss:.4f}")
+
+    def _show(self, parts: list[str]) -> None:
+        """Have the bar show a step's numbers, and the last validation behind the loss that it is held against."""
+        self._parts = parts
+        watched = [] if self.last_validation is None else [f"validation {self.last_validation:.4f}"]
+        self._bar.parts = [*parts[:1], *watched, *parts[1:]]
 
 
 class RunConsole:
@@ -213,6 +231,9 @@ class RunConsole:
         if self._stage is not None and not self._stage.detail and progress.first_loss is not None:
             arrow = "->" if self._ascii else "→"
             self._stage.detail = f"loss {progress.first_loss:.3f} {arrow} {progress.last_loss:.3f}"
+            if progress.first_validation is not None:
+                ends = f"{progress.first_validation:.3f} {arrow} {progress.last_validation:.3f}"
+                self._stage.detail += f", validation {ends}"
 
     @contextmanager
     def generating(self, label: str, total: int) -> Iterator[Callable[[int, int], None]]:

@@ -12,6 +12,8 @@ What differs from a bare ``SFTTrainer``:
 - Several processes (``ranks.py``) share the rows of each step and add up their gradients once, after the last forward
   of the step. DistributedDataParallel would hook into the model's own forward, which the engine does not run, and
   would average where a step's loss is a sum over its tokens; and the processes may split their rows as they like.
+- Held-out rows are measured by the same forward, summed over their tokens, without a trace in what is trained
+  (``validation.py``).
 - A checkpoint is written beside its place and renamed when complete, so that a kill at any moment leaves only whole
   ones, and a run that resumes from one ends with the same weights, bit for bit on a CPU.
 """
@@ -21,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,9 +41,10 @@ from medcot.engine.memory import Keep
 from medcot.errors import MedcotError
 from medcot.quiet import quiet_libraries
 from medcot.records import Row
-from medcot.train.counting import Counter, Metrics
-from medcot.train.plan import Plan, choose_optimizer, count_steps, count_warmup
+from medcot.train.counting import Counter, Metrics, Validated
+from medcot.train.plan import Plan, choose_optimizer, choose_validate_steps, count_steps, count_warmup
 from medcot.train.trainer import STAGING, ReasoningTrainer, list_checkpoints, step_of
+from medcot.train.validation import Validation, ValidationSteps
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -55,7 +57,9 @@ __all__ = [
     "Plan",
     "ReasoningTrainer",
     "TrainResult",
+    "Validated",
     "choose_optimizer",
+    "choose_validate_steps",
     "count_steps",
     "count_warmup",
     "list_checkpoints",
@@ -71,7 +75,7 @@ class DivergedError(MedcotError, ArithmeticError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training came to; ``seconds`` counts this process's steps only."""
+    """What training came to; ``seconds`` counts this process's steps only, and no validation."""
 
     steps: int
     loss_first: float
@@ -80,6 +84,9 @@ class TrainResult:
     tokens_per_s: float
     trained_tokens_per_s: float
     peak_memory_gb: float
+    validation_loss_first: float | None = None  # None: nothing was held out
+    validation_loss_last: float | None = None
+    validation_s: float = 0.0
 
 
 class _Reporter(TrainerCallback):
@@ -87,12 +94,12 @@ class _Reporter(TrainerCallback):
 
     def __init__(self, counter: Counter, device: torch.device, on_step: Callable[[int, Metrics | None], None]) -> None:
         self._counter, self._device, self._on_step = counter, device, on_step
-        self._started_s = self._last_s = time.monotonic()
+        self._started_s = self._last_s = counter.clock_s()
         self._last_tokens = self._last_trained = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock at the first step, not when the trainer is built."""
-        self._started_s = self._last_s = time.monotonic()
+        self._started_s = self._last_s = self._counter.clock_s()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar; the last step is always a logging step, so that the last loss is the run's."""
@@ -110,9 +117,9 @@ class _Reporter(TrainerCallback):
                 "Training goes on only while the loss is a finite number",
                 "Start a new run with a lower train.learning_rate or a longer train.warmup",
             )
-        now_s = time.monotonic()
-        passed_s = max(now_s - self._last_s, 1e-9)
         counter = self._counter
+        now_s = counter.clock_s()
+        passed_s = max(now_s - self._last_s, 1e-9)
         tokens, trained_tokens = ranks.add_up([counter.tokens, counter.trained_tokens])
         metrics = Metrics(
             step=state.global_step,
@@ -139,8 +146,10 @@ def train(
     plan: Plan,
     folder: Path,
     *,
+    validation: Sequence[Row] = (),
     resume_from: Path | None = None,
     on_step: Callable[[int, Metrics | None], None] = lambda step, metrics: None,
+    on_validation: Callable[[Validated], None] = lambda validated: None,
     announce: Callable[[str], None] = warnings.warn,
 ) -> TrainResult:
     """Run the optimizer steps of a plan.
@@ -151,8 +160,11 @@ def train(
         rows: the training rows; their order is shuffled by the plan's seed.
         plan: every setting, resolved.
         folder: where checkpoints go.
+        validation: rows that are not trained on, whose loss is computed before the first step, every
+            ``plan.validate_steps`` and after the last; what is trained is the same with and without them.
         resume_from: a checkpoint of the same plan to go on from.
         on_step: called after each step, with metrics at logging steps.
+        on_validation: called with each loss of the validation rows.
         announce: told when memory runs out and the rest of the run takes less of it at a time.
 
     Raises:
@@ -161,7 +173,7 @@ def train(
     device, engine = model.device, engine_of(model)
     on_host = plan.memory.keep is Keep.HOST and engine is not None
     counter = Counter()
-    started_s = time.monotonic()
+    started_s = counter.clock_s()
     with quiet_libraries(), contextlib.ExitStack() as training:
         if engine is not None:
             training.enter_context(engine.table_on_host() if on_host else contextlib.nullcontext())
@@ -172,11 +184,14 @@ def train(
             _load_adapter(model, resume_from)  # the trainer would take one step too many before it looks at the number
         else:
             trainer = _build_trainer(model, tokenizer, rows, plan, counter, folder, announce, device)
+            training.callback(trainer.forget)  # before the table comes back, which needs the room
             trainer.add_callback(_Reporter(counter, device, on_step))
-            started_s = time.monotonic()
+            if validation:
+                _watch(trainer, validation, plan, on_validation, from_start=resume_from is None)
+            started_s = counter.clock_s()
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    seconds = time.monotonic() - started_s
-    history = counter.history
+    seconds = counter.clock_s() - started_s
+    history, validations = counter.history, counter.validations
     tokens, trained_tokens = ranks.add_up([counter.tokens, counter.trained_tokens])
     return TrainResult(
         steps=plan.num_steps,
@@ -186,6 +201,9 @@ def train(
         tokens_per_s=tokens / seconds,
         trained_tokens_per_s=trained_tokens / seconds,
         peak_memory_gb=peak_memory_gb(device),
+        validation_loss_first=validations[0].validation_loss if validations else None,
+        validation_loss_last=validations[-1].validation_loss if validations else None,
+        validation_s=counter.validation_s,
     )
 
 
@@ -260,6 +278,21 @@ def _build_trainer(
     ranks.copy_from_first([parameter for parameter in model.parameters() if parameter.requires_grad])
     trainer.remove_callback(PrinterCallback)  # the console is the caller's
     return trainer
+
+
+def _watch(
+    trainer: ReasoningTrainer,
+    rows: Sequence[Row],
+    plan: Plan,
+    on_validation: Callable[[Validated], None],
+    *,
+    from_start: bool,
+) -> None:
+    """Have the trainer compute the rows' loss as it goes; a run that goes on from a checkpoint has its first."""
+    max_tokens = plan.forward_tokens or plan.micro_batch_size * max(row.num_tokens for row in rows)
+    trainer.watch(Validation(rows, max_tokens), on_validation)
+    trainer.add_callback(ValidationSteps(plan.validate_steps))
+    trainer.args.eval_on_start = from_start
 
 
 def peak_memory_gb(device: torch.device) -> float:

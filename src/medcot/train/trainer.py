@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,13 @@ from trl import SFTTrainer
 
 from medcot import ranks
 from medcot.engine import engine_of
-from medcot.engine.memory import Keep
-from medcot.train.counting import Counter
+from medcot.engine.memory import Keep, Memory
+from medcot.train.counting import Counter, Validated
 from medcot.train.optimizer import FlatAdamW8bit
 from medcot.train.plan import Plan
 from medcot.train.shares import ShareLoader, StepShares
 from medcot.train.splitting import Budget
+from medcot.train.validation import Validation
 
 STAGING = ".writing"  # a checkpoint is put together under this name
 
@@ -37,9 +40,16 @@ class ReasoningTrainer(SFTTrainer):
     model: torch.nn.Module  # transformers' is optional until it is built
 
     def __init__(
-        self, *args: Any, plan: Plan, counter: Counter, announce: Callable[[str], None], **kwargs: Any
+        self,
+        *args: Any,
+        plan: Plan,
+        counter: Counter,
+        announce: Callable[[str], None],
+        **kwargs: Any,
     ) -> None:
         self._plan, self._counter = plan, counter
+        self._validation: Validation | None = None
+        self._on_validation: Callable[[Validated], None] = lambda validated: None
         self._staging: str | None = None
         self._budget = Budget(plan.memory, plan.small, announce=announce)
         super().__init__(*args, **kwargs)
@@ -100,6 +110,12 @@ class ReasoningTrainer(SFTTrainer):
             self._budget.announce("biases train in 16 bit: 8-bit AdamW takes the weights one by one, which is slower")
         return super().create_optimizer(model)
 
+    def forget(self) -> None:
+        """Let go of the gradients and of the optimizer's state."""
+        self.model.zero_grad(set_to_none=True)
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Count the trained tokens of a whole step; one process alone counts on the host, which waits for nothing."""
         if ranks.current().size > 1:
@@ -141,16 +157,58 @@ class ReasoningTrainer(SFTTrainer):
             summed, num_trained = self._summed_loss(model, inputs, labels_T)
         return summed / (num_trained if num_items_in_batch is None else num_items_in_batch)
 
-    def _summed_loss(self, model: Any, inputs: dict[str, Any], labels_T: Tensor) -> tuple[Tensor, int]:
+    def _summed_loss(
+        self, model: Any, inputs: dict[str, Any], labels_T: Tensor, memory: Memory | None = None
+    ) -> tuple[Tensor, int]:
         engine = engine_of(model)
         if engine is not None:
-            return engine.summed_loss(inputs["input_ids"][0], labels_T, inputs["lengths"], memory=self._budget.memory)
+            memory = memory or self._budget.memory
+            return engine.summed_loss(inputs["input_ids"][0], labels_T, inputs["lengths"], memory=memory)
         logits_TV = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False).logits[
             0, :-1
         ]
         targets = (labels_T[1:] != -100).nonzero().flatten()
         loss = F.cross_entropy(logits_TV[targets].float(), labels_T[1:][targets], reduction="sum")
         return loss, len(targets)
+
+    def watch(self, validation: Validation, on_validation: Callable[[Validated], None]) -> None:
+        """Have ``evaluate`` compute the loss of these rows, and hand it on."""
+        self._validation, self._on_validation = validation, on_validation
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Compute the loss of the held-out rows in place of transformers' evaluation, and leave no trace in training.
+
+        Neither dropout nor its random numbers, no gradients, no time on the training's clock; and where memory runs
+        out, what is learned of it is forgotten, since it would split the training's forwards otherwise.
+        """
+        assert self._validation is not None, "it is asked for only where there are rows"
+        self.control.should_evaluate = False
+        model, device = self.model, self.args.device
+        on_cuda = device.type == "cuda"
+        if on_cuda:
+            torch.cuda.synchronize(device)  # the work that waits there is the training's
+        started_s = time.monotonic()
+        budget, was_training = replace(self._budget), model.training
+        model.eval()
+        try:
+            with torch.no_grad(), torch.random.fork_rng([device] if on_cuda else []):
+                loss = self._validation.compute_loss(lambda inputs: self._validation_loss(inputs, budget))
+        finally:
+            model.train(was_training)
+        validated = Validated(self.state.global_step, loss, time.monotonic() - started_s)
+        self._counter.validations.append(validated)
+        self._on_validation(validated)
+        return {"eval_loss": loss}
+
+    def _validation_loss(self, inputs: dict[str, Any], budget: Budget) -> Any:
+        def summed(piece: dict[str, Any], memory: Memory) -> Tensor:
+            with self.compute_loss_context_manager():  # type: ignore[no-untyped-call]
+                return self._summed_loss(self.model, piece, piece["labels"][0], memory)[0]
+
+        prepared = self._prepare_inputs(inputs)
+        if engine_of(self.model) is not None:
+            return budget.run(prepared, summed)
+        return summed(prepared, budget.memory)
 
     def _activations(self) -> contextlib.AbstractContextManager[Any]:
         if self._plan.memory.keep is not Keep.HOST or engine_of(self.model) is not None:

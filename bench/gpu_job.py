@@ -33,6 +33,7 @@ RECIPE = "tutorial-8b"
 STAGES = {
     "import libraries": "import",
     "read data": "",
+    "check data": "",
     "load model": "load",
     "make tokens": "prep",  # with the adapter and the trainer
     "ask before": "gen_before_s",

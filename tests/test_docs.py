@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -44,6 +45,12 @@ def test_every_pin_is_one_exact_version():
     assert [name for name, pin in PINS.items() if [s.operator for s in pin.specifier] != ["=="] or pin.url] == []
 
 
+def imported(node):
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+
+
 def test_every_import_of_the_package_is_a_declared_dependency_or_the_standard_library():
     import sys
 
@@ -51,10 +58,9 @@ def test_every_import_of_the_package_is_a_declared_dependency_or_the_standard_li
     optional = {"google", "kaggle_secrets"}  # a notebook's own vault, looked for where it exists
     optional |= UNPINNED  # the kernels run where PyTorch is a CUDA build
     declared = {canonicalize_name(requirement.name) for requirement in requirements()}
-    found = set()
-    for path in (ROOT / "src").rglob("*.py"):
-        found |= set(re.findall(r"^\s*(?:from|import) ([a-zA-Z_]\w*)[\w.]*(?: import|$| as)", path.read_text(), re.M))
-    foreign = {name for name in found if name not in sys.stdlib_module_names} - {"medcot"} - optional
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "src").rglob("*.py"))
+    found = {name.split(".")[0] for tree in trees for node in ast.walk(tree) for name in imported(node)}
+    foreign = {name for name in found if name not in sys.stdlib_module_names} - {"medcot", "_typeshed"} - optional
     assert {canonicalize_name(modules.get(name, name)) for name in foreign} <= declared
 
 

@@ -25,8 +25,11 @@ ORDER = """
     generate
     train  evaluate  export  hub  tracking_worker
     tracking  report
-    machine  folder  asking  planning  proof
+    machine  folder  asking  planning  proof  diagnosis
+    examination
+    treatment
     job  preview  startup
+    admission
     sharing
     pipeline  doctor
     cli

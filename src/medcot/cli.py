@@ -66,6 +66,10 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit()
 
 
+data_app = typer.Typer(help="Look at training data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
 @app.callback()
 def _common(
     version: Annotated[
@@ -155,6 +159,44 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findi
             )
             seen = finding.area
         console.print(table, highlight=False, markup=False)
+
+
+@data_app.command(name="doctor")
+def data_doctor(
+    source: Annotated[str, typer.Argument(help="File, folder or Hub id; '[:500]' behind it takes the first 500.")],
+    recipe: Annotated[str, typer.Option(help="Whose model, style and limits to look with.")] = "default",
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="Benchmark whose questions must not be there: medqa, a Hub id, NAME=FILE. Repeatable."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.html and report.json.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print findings and verdict as JSON, nothing else.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.", show_default="one a core")] = 0,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Remember nothing of what was looked at.")] = False,
+) -> None:
+    """Prove what the data is before the first step. Exit code 1 if a finding is red, 2 if the source cannot be read."""
+    with _reporting():
+        from medcot.admission import diagnose, save_report
+        from medcot.report.data_screen import print_diagnosis, watch_scan
+
+        console = _console()
+        with watch_scan(console, shown=not as_json) as on_progress:
+            diagnosis = diagnose(
+                source, recipe, against, workers=workers, keep_cache=not no_cache, on_progress=on_progress
+            )
+        if out is not None:
+            save_report(diagnosis, out)
+        if as_json:
+            import json
+
+            typer.echo(json.dumps(diagnosis.summary(), indent=2, ensure_ascii=False))
+        else:
+            print_diagnosis(diagnosis, console)
+            if out is not None:
+                console.print(f"report: {out / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(diagnosis.exit_code)
 
 
 @app.command()
@@ -307,7 +349,7 @@ def _reporting(hint: str = "") -> Iterator[None]:
         yield
     except MedcotError as error:
         _print_error(error)
-        raise typer.Exit(USAGE) from None
+        raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         from rich.console import Console
 

@@ -21,6 +21,8 @@ class MedcotError(Exception):
         remedy: what the reader can do now, as an imperative sentence.
     """
 
+    exit_code = 2  # of the command line; Click's own for a wrong call
+
     def __init__(self, value: str, rule: str, remedy: str) -> None:
         self.value, self.rule, self.remedy = value, rule, remedy
         super().__init__(" ".join(_as_sentence(part) for part in (value, rule, remedy)))
@@ -36,6 +38,12 @@ class RecipeError(MedcotError, ValueError):
 
 class DataError(MedcotError, ValueError):
     """A data source, column or row that cannot be used."""
+
+
+class UnfitDataError(DataError):
+    """Rows that can be read, and that must not be trained on as they are."""
+
+    exit_code = 1
 
 
 class ModelError(MedcotError, ValueError):

@@ -84,6 +84,7 @@ def _do(job: Job) -> None:
         startup.wait()
         job.describe_machine()
     from medcot import asking, planning
+    from medcot.admission import Admission
     from medcot.export import save_adapter
     from medcot.proof import probe, prove_adapter
 
@@ -92,12 +93,16 @@ def _do(job: Job) -> None:
         _check_unchanged(job, raw.sha256)
         problems = planning.load_test_problems(recipe.evaluate.source) if recipe.evaluate.source else []
         line.detail = f"{len(raw.examples):,} examples from {recipe.data.named}"
+    with job.stage("check data") as line:
+        admission = Admission.of(job, raw, problems)
+        line.detail = admission.diagnosis.headline
     with job.stage("load model") as line:
         loaded = _load(job)
         line.detail = f"{loaded.source}, {loaded.num_params / 1e6:,.0f} M parameters, {loaded.precision}"
     with job.stage("make tokens") as line:
-        data = planning.encode_examples(raw, recipe, loaded.tokenizer)
+        data = planning.encode_examples(admission.raw, recipe, loaded.tokenizer)
         _keep_data(job, data, len(problems))
+        admission.pass_gate(job, data, loaded.tokenizer)
         line.detail = f"{len(data.rows):,} rows, {data.facts()['tokens']:,} tokens"
     style = recipe.prompt.style
     with job.stage("ask before"):
@@ -258,7 +263,7 @@ def _keep_data(job: Job, data: TrainingData, num_problems: int) -> None:
         )
     evaluated = {"source": job.recipe.evaluate.source, "rows": num_problems}
     held_out = {"validation": data.validation_facts()} if data.validation else {}
-    job.record(data={"train": data.facts(), **held_out, "eval": evaluated})
+    job.record(data={**job.facts["data"], "train": data.facts(), **held_out, "eval": evaluated})
 
 
 def _answers(job: Job, when: str, model: Any, loaded: LoadedModel, problems: Sequence[Any]) -> list[dict[str, Any]]:

@@ -101,13 +101,32 @@ class Grade:
     parsed: str | None = None
 
 
+class Problem(StrEnum):
+    """What keeps a field of a raw row from being used, for programs; people read the reason."""
+
+    MISSING = "missing"
+    NULL = "null"
+    EMPTY = "empty"
+    TYPE = "type"  # no text, no list, no number, where one must be
+    ENCODING = "encoding"  # no tokenizer could take it
+    TAGS = "tags"  # it would open or close thinking
+    FORM = "form"  # it does not read as its layout says
+    CONFLICT = "conflict"  # two parts of the row say different things
+
+
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """A raw row that could not become an example, kept with the reason."""
+    """A raw row that could not become an example, kept with the reason.
+
+    ``field`` is the part of an example that it fails in ("question", "reasoning", "response", "options", "gold",
+    "chat"), where it is one.
+    """
 
     row_number: int  # 1-based, as an editor or spreadsheet counts
     reason: str
     row: dict[str, object] = field(default_factory=dict)
+    field: str | None = None
+    problem: Problem | None = None
 
 
 @dataclass(frozen=True, slots=True)

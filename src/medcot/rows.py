@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 CLINIC = "builtin:clinic"
 CLINIC_ROWS = 2000  # what "builtin:clinic" means without a slice
 CLINIC_SEED = 3407
+NO_LIMIT = 2**62
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ class TrainingData:
         validation: the rows whose loss is watched.
         shares: what the mixture takes of each source.
         held_out: how rows were held out, for run.json.
+        num_over_length: examples that were over the limit, whatever became of them.
     """
 
     raw: RawData
@@ -183,6 +185,7 @@ class TrainingData:
     validation: list[Row] = field(default_factory=list)
     shares: tuple[Share, ...] = ()
     held_out: dict[str, Any] = field(default_factory=dict)
+    num_over_length: int = 0
 
     def facts(self) -> dict[str, Any]:
         """The ``data.train`` part of run.json."""
@@ -385,10 +388,22 @@ def encode_examples(raw: RawData, recipe: Recipe, tokenizer: PreTrainedTokenizer
     if validation:
         sentences.append(_say_held_out(raw, recipe, validation))
     facts = _describe_held_out(raw, recipe)
-    return TrainingData(raw, rows, quarantined, sentences, validation, tuple(shares), facts)
+    num_over = sum(part.num_over_length for part in all_encoded)
+    return TrainingData(raw, rows, quarantined, sentences, validation, tuple(shares), facts, num_over)
 
 
-def _encode_all(examples: Sequence[Example], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> checks.Encoded:
+def encode_whole(examples: Sequence[Example], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> checks.Encoded:
+    """Turn examples into rows of any length: nothing is dropped or shortened.
+
+    Raises:
+        DataError: no example can be encoded.
+    """
+    return _encode_all(examples, recipe, tokenizer, max_tokens=NO_LIMIT)
+
+
+def _encode_all(
+    examples: Sequence[Example], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
+) -> checks.Encoded:
     options: dict[str, Any] = {
         "style": prompt.Style(recipe.prompt.style),
         "tokenizer": tokenizer,
@@ -397,11 +412,28 @@ def _encode_all(examples: Sequence[Example], recipe: Recipe, tokenizer: PreTrain
     return checks.encode_rows(
         examples,
         functools.partial(_encode, **options),
-        max_tokens=recipe.model.max_seq_length,
+        max_tokens=max_tokens or recipe.model.max_seq_length,
         over_length=recipe.data.over_length.value,
         truncate=functools.partial(_shorten, **options),
         num_proc=recipe.data.num_proc,
     )
+
+
+def shorten_all(examples: Iterable[Example], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """Turn examples that are too long into rows with the middle of their reasoning taken out; others are left out."""
+    rows = []
+    for example in examples:
+        with contextlib.suppress(DataError):  # question and answer alone are over the limit: lengths.py counts these
+            rows.append(
+                _shorten(
+                    example,
+                    recipe.model.max_seq_length,
+                    style=prompt.Style(recipe.prompt.style),
+                    tokenizer=tokenizer,
+                    train_on_prompt=recipe.train.train_on_prompt,
+                )
+            )
+    return rows
 
 
 @contextlib.contextmanager

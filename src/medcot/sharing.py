@@ -107,10 +107,13 @@ def help_train() -> None:
     Startup(recipe.model.source).wait()
     from medcot import planning
     from medcot.train import sft
+    from medcot.treatment import run_items, treat
 
+    problems = planning.load_test_problems(recipe.evaluate.source) if recipe.evaluate.source else []
     raw = planning.read_examples(recipe)
     loaded = load_base(recipe)
-    data = planning.encode_examples(raw, recipe, loaded.tokenizer)
+    kept = treat(raw, recipe, run_items(recipe, problems)).raw
+    data = planning.encode_examples(kept, recipe, loaded.tokenizer)
     model = attach_fresh(recipe, loaded)
     order = ranks.share(None)  # the first process may be asking questions for an hour
     if order is None:

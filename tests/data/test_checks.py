@@ -9,7 +9,7 @@ import pytest
 from medcot.data import checks
 from medcot.data.checks import encode_rows, save_quarantine
 from medcot.errors import DataError, OutputError
-from medcot.records import Example, Quarantined, Row
+from medcot.records import Example, Problem, Quarantined, Row
 
 
 def _example(number: int, num_words: int, reasoning: str | None = None) -> Example:
@@ -132,12 +132,12 @@ def test_few_examples_start_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_quarantine_file_is_whole_sorted_and_lossless(tmp_path: Path) -> None:
     path = tmp_path / "data" / "quarantine.jsonl"
     row: dict[str, object] = {"Question": "尿\ud83d", "raw": b"\xff", "n": 1}
-    save_quarantine(path, [Quarantined(7, "b", {}), Quarantined(2, "a", row)])
+    save_quarantine(path, [Quarantined(7, "b", {}, "question", Problem.EMPTY), Quarantined(2, "a", row)])
     text = path.read_text("utf-8")
     first, second = (json.loads(line) for line in text.splitlines())
     assert "尿" in text
     assert first == {"row_number": 2, "reason": "a", "row": {"Question": "尿\ud83d", "raw": "ff", "n": 1}}
-    assert second["row_number"] == 7
+    assert second == {"row_number": 7, "reason": "b", "row": {}}
     save_quarantine(path, [])
     assert path.read_text() == ""
     assert [entry.name for entry in path.parent.iterdir()] == ["quarantine.jsonl"]

@@ -301,6 +301,35 @@ def test_rows_without_reasoning_are_examples_but_not_for_training() -> None:
     assert _reason(*CASES["medqa"][0], purpose=Purpose.TRAIN) == "it has no reasoning"
 
 
+@pytest.mark.parametrize(
+    ("row", "field", "problem"),
+    [
+        ({"instruction": None, "output": THOUGHT}, "question", "missing"),
+        ({"instruction": "Why </think>?", "output": THOUGHT}, "question", "tags"),
+        ({"instruction": "Why?", "input": 3, "output": THOUGHT}, "question", "type"),
+        ({"instruction": "Why?", "output": "So."}, "reasoning", "missing"),
+        ({"instruction": "Why?", "output": "<think> </think>So."}, "reasoning", "empty"),
+        ({"instruction": "Why?", "output": "Hm.</think> "}, "response", "empty"),
+        ({"instruction": "Why?", "output": " "}, "response", "empty"),
+        ({"instruction": "Why?", "output": 5}, "response", "type"),
+        ({"messages": CHAT[:-1]}, "response", "missing"),
+        ({"messages": [*CHAT, *CHAT]}, "chat", "form"),
+        ({"messages": "Why?"}, "chat", "type"),
+        ({"messages": []}, "chat", "empty"),
+        ({**OPA, "cop": 9}, "gold", "form"),
+        ({**OPA, "opb": None, "opc": None, "opd": None, "cop": 0}, "options", "missing"),
+        ({**OPA, "cop": 0}, "reasoning", "missing"),
+        ([1, 2], None, "type"),
+    ],
+)
+def test_why_a_row_was_set_aside_is_there_for_programs_too(row: Any, field: str | None, problem: str) -> None:
+    name = "medmcqa" if "cop" in row else "openai-messages" if "messages" in row else "alpaca"
+    good = CASES[name][0]
+    plan = choose_layout(list(good[0]), good, source="x", purpose=Purpose.TRAIN, layout=name)
+    item = plan.build([row]).quarantined[0]
+    assert (item.field, item.problem) == (field, problem)
+
+
 # Doubt ---------------------------------------------------------------------------------------------------------------
 
 
@@ -373,7 +402,7 @@ def test_no_row_is_ever_lost(rows: list[object], name: str, purpose: Purpose) ->
     built = plan.build([*good, *rows])
     assert len(built.examples) + len(built.quarantined) == built.counts.num_rows == len(good) + len(rows)
     assert sum(built.counts.reasons.values()) == len(built.quarantined)
-    assert all(item.reason for item in built.quarantined)
+    assert all(item.reason and item.problem for item in built.quarantined)
     for example in built.examples:
         texts = [example.question, example.reasoning, example.response]
         assert not any("<think>" in text or "</think>" in text for text in texts if text)

@@ -87,6 +87,8 @@ def test_answers_of_other_rows_are_noticed(real: list[Example]) -> None:
         ("no_reasoning", {"reasoning": GOOD.response}),
         ("no_answer", {"response": None}),
         ("no_answer", {"response": "\t"}),
+        ("reasoning_in_question", {"question": f"{GOOD.question}\n\nThoughts:\n{GOOD.reasoning}\n\nAnswer:"}),
+        ("reasoning_in_question", {"question": f"“{str(GOOD.reasoning).upper()}” — right or wrong?"}),
         ("tiny_reasoning", {"reasoning": "It is the right coronary artery."}),
         ("tiny_reasoning", {"question": "哪条动脉？", "reasoning": "是右冠状动脉。", "response": "右冠状动脉"}),
         ("reasoning_misses_answer", {"response": "Metformin lowers hepatic gluconeogenesis."}),
@@ -218,7 +220,13 @@ def test_another_language_is_counted_against_the_most_spoken_or_the_one_named() 
 
 def test_red_above_five_per_cent_yellow_below() -> None:
     assert RED_SHARE == 0.05
-    for fault, bad in (("no_reasoning", replace(GOOD, reasoning="")), ("no_answer", replace(GOOD, response=None))):
+    shown = replace(GOOD, question=f"{GOOD.reasoning} So which artery?")
+    bad_rows = {
+        "no_reasoning": replace(GOOD, reasoning=""),
+        "no_answer": replace(GOOD, response=None),
+        "reasoning_in_question": shown,
+    }
+    for fault, bad in bad_rows.items():
         findings = [find([GOOD] * (100 - n) + [bad] * n)[fault] for n in (5, 6)]
         assert [finding.severity for finding in findings] == [Severity.YELLOW, Severity.RED]
         assert (
@@ -230,6 +238,16 @@ def test_red_above_five_per_cent_yellow_below() -> None:
     assert others["markup"].severity is Severity.YELLOW and others["markup"].count == 9
 
 
+def test_a_question_may_quote_a_thought_or_be_the_whole_of_it() -> None:
+    reasoning = str(GOOD.reasoning)
+    assert faults_of(replace(GOOD, question=f"{GOOD.question} {reasoning[: len(reasoning) // 2]}")) == set()
+    few = " ".join(reasoning.split()[:19])  # too few words to prove anything
+    assert "reasoning_in_question" not in faults_of(replace(GOOD, question=f"{few}?", reasoning=few))
+    assert faults_of(replace(GOOD, question=reasoning)) == {"no_reasoning"}  # a copy is that and no more
+    # Words, not letters: "…arteryless" does not hold "…artery".
+    assert faults_of(replace(GOOD, question=f"{reasoning.rstrip('.')}less")) == set()
+
+
 def test_rows_set_aside_count_as_rows_without() -> None:
     good = {"Question": "Why?", "Complex_CoT": "Because of it.", "Response": "So."}
     rows = [good, {**good, "Complex_CoT": ""}, {**good, "Response": None}, {**good, "Complex_CoT": "<think> </think>"}]
@@ -238,6 +256,14 @@ def test_rows_set_aside_count_as_rows_without() -> None:
     built = build_examples(Table([dict(row) for row in rows], columns, "x.jsonl", "0", None, (), ()))
     assert [find_missing(item) for item in built.quarantined] == [
         *("no_reasoning", "no_answer", "no_reasoning", "no_reasoning", None, None)
+    ]
+    assert [(item.field, item.problem) for item in built.quarantined] == [
+        ("reasoning", "empty"),
+        ("response", "null"),
+        ("reasoning", "empty"),
+        ("reasoning", "missing"),
+        ("question", "empty"),
+        ("response", "tags"),
     ]
     found = find(built.examples, built.quarantined)
     assert (found["no_reasoning"].count, found["no_reasoning"].rows) == (3, ("row 2", "row 4", "row 5"))

@@ -15,7 +15,7 @@ from medcot.data.findings import Chunk, Finding, Severity
 from medcot.data.tags import ForgedTags, check_template
 from medcot.errors import DataError
 from medcot.prompt import Style, encode_row
-from medcot.records import Example
+from medcot.records import Example, Problem, Quarantined
 from real_tokenizers import load_r1, load_smol
 from test_prompt import CHATML, make_tokenizer
 
@@ -132,6 +132,18 @@ def test_a_disguise_that_the_tokenizer_sees_through_is_red() -> None:
         with pytest.raises(DataError):
             encode_row(example, Style.SHORT, tokenizer, train_on_prompt=False)
     assert set(look(check, replace(GOOD, response="half \ud800 <think>"))) == {"forged_tags"}
+
+
+def test_a_row_set_aside_for_its_tags_counts_too() -> None:
+    aside = [
+        Quarantined(3, "the question holds a stray </think>", {"Question": "a</think>b"}, "question", Problem.TAGS),
+        Quarantined(4, "the question ('Question') is empty", {"Question": ""}, "question", Problem.EMPTY),
+    ]
+    check = ForgedTags.of(load_smol(), Style.SHORT)
+    (found,) = check.reduce([check.map(Chunk(1, 4, [GOOD, GOOD], aside))], None)  # type: ignore[arg-type]
+    assert (found.id, found.severity, found.count, found.rows) == ("forged_tags", Severity.RED, 1, ("row 3",))
+    assert "1 of 4 rows" in found.says and found.figures["markers"] == {"</think>": 1}
+    assert found.evidence[0].parts == {"question": "the question holds a stray </think>"}
 
 
 def test_headings_matter_in_questions_of_the_style_that_has_them() -> None:

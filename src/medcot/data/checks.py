@@ -31,6 +31,7 @@ POLICIES = ("drop", "error", "truncate_think")
 FEWEST_CHARACTERS_FOR_WORKERS = 5_000_000
 
 _NUM_LISTED = 5  # rows named in an error message
+_KEPT = ("row_number", "reason", "row")  # of a row set aside, in its file
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ def save_quarantine(path: Path, items: Iterable[Quarantined]) -> None:
         OutputError: the folder cannot be written or the disk is full.
     """
     lines = [
-        json.dumps(dataclasses.asdict(item), ensure_ascii=False, default=_plain) + "\n"
+        json.dumps({key: getattr(item, key) for key in _KEPT}, ensure_ascii=False, default=_plain) + "\n"
         for item in sorted(items, key=lambda item: item.row_number)
     ]
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -12,8 +12,8 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 
-from medcot.data.reading import Change, UnusableRow, check_tags, check_text
-from medcot.records import Example
+from medcot.data.reading import Change, Part, UnusableRow, check_tags, check_text
+from medcot.records import Example, Problem
 
 _LABELS = (("key", "value"), ("letter", "content"), ("label", "text"), ("aid", "atext"))
 _LINE = re.compile(r"^\s*\(?([A-Z])[.):]\s*", re.MULTILINE)
@@ -40,14 +40,14 @@ def read_options(value: object, column: str) -> tuple[dict[str, str], tuple[Chan
     Raises:
         UnusableRow: there are not from 2 to 26 of them, or they cannot be told.
     """
-    what = f"the options ('{column}')"
+    what = Part("options", f"the options ('{column}')")
     pairs = _read_pairs(value, what)
     kept = [(key, text) for key, text in pairs if text is not None and not (isinstance(text, str) and not text.strip())]
     letters = [key for key, _ in kept]
     if len(letters) < 2:
-        raise UnusableRow(f"{what} are fewer than two")
+        raise what.refuse("are fewer than two", Problem.MISSING)
     if letters != list(string.ascii_uppercase[: len(letters)]):
-        raise UnusableRow(f"{what} are not named A, B, C and so on without a gap")
+        raise what.refuse("are not named A, B, C and so on without a gap", Problem.FORM)
     options = {letter: check_text(text, what).strip() for letter, text in kept}
     for text in options.values():
         check_tags(text, what)
@@ -66,7 +66,7 @@ def read_letter(value: object, options: Mapping[str, str], column: str) -> str |
         return None
     letter = value.strip().strip("().").upper() if isinstance(value, str) else None
     if letter not in options:
-        raise UnusableRow(f"the answer ('{column}') names none of the options")
+        raise UnusableRow(f"the answer ('{column}') names none of the options", "gold", Problem.FORM)
     return letter
 
 
@@ -80,7 +80,8 @@ def read_index(value: object, options: Mapping[str, str], column: str, *, first:
     if value is None or number == -1:
         return None
     if number is None or not first <= number < first + len(options):
-        raise UnusableRow(f"the answer ('{column}') is no number from {first} to {first + len(options) - 1}")
+        last = first + len(options) - 1
+        raise UnusableRow(f"the answer ('{column}') is no number from {first} to {last}", "gold", Problem.FORM)
     return string.ascii_uppercase[number - first]
 
 
@@ -106,7 +107,7 @@ def check_same(text: object, letter: str | None, options: Mapping[str, str], col
     if letter is None or not isinstance(text, str) or not text.strip():
         return
     if text.strip() != options[letter] and text.strip().upper() != letter and _plain(text) != _plain(options[letter]):
-        raise UnusableRow(f"the right option's text is not the answer ('{column}')")
+        raise UnusableRow(f"the right option's text is not the answer ('{column}')", "gold", Problem.CONFLICT)
 
 
 def cut_listed(stem: str, options: Mapping[str, str]) -> tuple[str, tuple[Change, ...]]:
@@ -121,7 +122,7 @@ def _plain(text: str) -> str:
     return re.sub(r"\W+", " ", text).strip().casefold()
 
 
-def _read_pairs(value: object, what: str) -> list[tuple[str, object]]:
+def _read_pairs(value: object, what: Part) -> list[tuple[str, object]]:
     if isinstance(value, str):
         return _read_text(check_text(value, what), what)
     if isinstance(value, Mapping):
@@ -130,13 +131,15 @@ def _read_pairs(value: object, what: str) -> list[tuple[str, object]]:
     if isinstance(value, Sequence) and not isinstance(value, bytes):
         if not any(isinstance(item, Mapping) for item in value):
             if len(value) > 26:
-                raise UnusableRow(f"{what} are more than 26")
+                raise what.refuse("are more than 26", Problem.FORM)
             return list(zip(string.ascii_uppercase, value, strict=False))
         return sorted((_read_pair(item, what) for item in value), key=lambda pair: pair[0])
-    raise UnusableRow(f"{what} are {'missing or null' if value is None else 'no list but ' + type(value).__name__}")
+    if value is None:
+        raise what.refuse("are missing or null", Problem.MISSING)
+    raise what.refuse(f"are no list but {type(value).__name__}", Problem.TYPE)
 
 
-def _read_pair(item: object, what: str) -> tuple[str, object]:
+def _read_pair(item: object, what: Part) -> tuple[str, object]:
     if isinstance(item, Mapping):
         for key, text in _LABELS:
             if key in item and text in item:
@@ -144,20 +147,20 @@ def _read_pair(item: object, what: str) -> tuple[str, object]:
                 if number is not None:  # HEAD-QA counts its options from 1
                     return (string.ascii_uppercase[number - 1] if 1 <= number <= 26 else "?"), item[text]
                 return str(item[key]).strip().upper(), item[text]
-    raise UnusableRow(f"{what} hold an option in a form that is not known")
+    raise what.refuse("hold an option in a form that is not known", Problem.FORM)
 
 
-def _read_text(text: str, what: str) -> list[tuple[str, object]]:
+def _read_text(text: str, what: Part) -> list[tuple[str, object]]:
     """Read JSON, or lines ``A. text`` with or without ``Answer Choices:`` above."""
     if text.lstrip().startswith(("{", "[")):
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
-            raise UnusableRow(f"{what} are a text that looks like JSON and is none") from None
+            raise what.refuse("are a text that looks like JSON and is none", Problem.FORM) from None
         return _read_pairs(value, what)
     body = text.strip().removeprefix("Answer Choices:")
     starts = list(_LINE.finditer(body))
     if not starts or body[: starts[0].start()].strip():
-        raise UnusableRow(f"{what} are a text, and not lines 'A. …'")
+        raise what.refuse("are a text, and not lines 'A. …'", Problem.FORM)
     stops = [start.start() for start in starts[1:]] + [len(body)]
     return [(start[1], body[start.end() : stop].strip()) for start, stop in zip(starts, stops, strict=True)]

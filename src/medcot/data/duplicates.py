@@ -39,7 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medcot.data import sketches, words
-from medcot.data.findings import MOST_ROWS, Chunk, Evidence, Finding, Reader, Severity
+from medcot.data.findings import MOST_ROWS, Chunk, Evidence, Finding, InMemory, Reader, Severity
 from medcot.data.sketches import NEAR, NUM_BANDS, SHINGLE_WORDS, Sketches
 from medcot.data.words import Hashes, Offsets
 from medcot.records import Example
@@ -119,13 +119,24 @@ class Duplicates:
 
     def reduce(self, tallies: Iterable[Signatures], reader: Reader) -> list[Finding]:
         """Group the rows in the three degrees."""
+        return _report(*self._find_groups(tallies, reader))
+
+    def find_repeats(self, examples: Sequence[Example]) -> set[int]:
+        """Return the places, from 0, of examples that an earlier one is like, in any degree; for leaving them out."""
+        tally = self.map(Chunk(1, len(examples), examples))
+        groups, *_ = self._find_groups([tally], InMemory(examples))
+        return {place for place, first in enumerate(groups["near"].tolist()) if first != place}
+
+    def _find_groups(
+        self, tallies: Iterable[Signatures], reader: Reader
+    ) -> tuple[dict[str, Offsets], NDArray[np.int64], Reader, _Near]:
         with ExitStack() as scratch:
             stored = _Stored([scratch.enter_context(tempfile.TemporaryFile()) for _ in range(NUM_BANDS + 1)])
             numbers, exact, normalised = stored.take(tallies)
             groups = {"exact": _group(exact), "normalised": _group(normalised)}
             near = _Near(groups["normalised"], numbers, reader, self.most_read)
             groups["near"] = near.join(stored)
-        return _report(groups, numbers, reader, near)
+        return groups, numbers, reader, near
 
 
 def exact_duplicates(examples: Iterable[Example]) -> set[int]:

@@ -22,6 +22,7 @@ from medcot.data.reading import (
     Change,
     Fields,
     Given,
+    Part,
     UnusableRow,
     check_tags,
     check_text,
@@ -30,7 +31,7 @@ from medcot.data.reading import (
     read_text,
     read_topic,
 )
-from medcot.records import AnswerKind
+from medcot.records import AnswerKind, Problem
 
 _EVIDENCE = re.compile(r"<answer>(.*?)<context>", re.DOTALL)
 
@@ -94,18 +95,18 @@ def counts_from_1(rows: Sequence[RawRow], given: Given) -> bool:
 
 def read_pubmedqa(row: RawRow, given: Given) -> Fields:
     """Read PubMedQA: the abstract, its question, and yes, no or maybe."""
-    stem = read_text(row, "question", "question")
+    stem, what = read_text(row, "question", "question"), Part("question", "the abstract ('context')")
     value = row.get("context")
     parts = value.get("contexts") if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
     if not isinstance(parts, list):
-        raise UnusableRow("the abstract ('context') has no list 'contexts'")
-    abstract = "\n".join(check_text(part, "the abstract ('context')") for part in parts)
-    check_tags(abstract, "the abstract ('context')")
+        raise what.refuse("has no list 'contexts'", Problem.FORM)
+    abstract = "\n".join(check_text(part, what) for part in parts)
+    check_tags(abstract, what)
     options = {"A": "yes", "B": "no", "C": "maybe"}
     decision = row.get("final_decision")
     gold = match_text(decision, options) if isinstance(decision, str) else None
     if gold is None and decision not in (None, ""):
-        raise UnusableRow("the answer ('final_decision') is none of yes, no and maybe")
+        raise UnusableRow("the answer ('final_decision') is none of yes, no and maybe", "gold", Problem.FORM)
     return _choose(f"{abstract}\n\n{stem}", options, gold)
 
 
@@ -134,7 +135,7 @@ def read_mmlu_pro(row: RawRow, given: Given) -> Fields:
     options, changes = read_options(row.get("options"), "options")
     gold = read_letter(row.get("answer"), options, "answer")
     if gold != read_index(row.get("answer_index"), options, "answer_index", first=0):
-        raise UnusableRow("the answer's letter ('answer') and number ('answer_index') differ")
+        raise UnusableRow("the answer's letter ('answer') and number ('answer_index') differ", "gold", Problem.CONFLICT)
     return _choose(stem, options, gold, changes, read_topic(row, "category"))
 
 
@@ -150,7 +151,7 @@ def read_gpqa(row: RawRow, given: Given) -> Fields:
     """Read GPQA, putting the right option among the others."""
     stem = read_text(row, "Question", "question").strip()
     columns = ("Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3)))
-    texts = [read_text(row, column, "option").strip() for column in columns]
+    texts = [read_text(row, column, "options", called="option").strip() for column in columns]
     # The right one always comes first; its place among the others must not tell, and must not change from run to run.
     order = sorted(texts, key=lambda text: hashlib.sha256(f"{stem}\n{text}".encode()).digest())
     options, changes = read_options(order, "Correct Answer, Incorrect Answer …")
@@ -168,16 +169,17 @@ def read_head_qa(row: RawRow, given: Given) -> Fields:
 def read_bioasq(row: RawRow, given: Given) -> Fields:
     """Read BioASQ's factoid questions."""
     question = read_text(row, "question", "question")
-    found = _EVIDENCE.search(read_text(row, "text", "answer with its context"))
+    found = _EVIDENCE.search(read_text(row, "text", "gold", called="answer with its context"))
     if found is None or not found[1].strip():
-        raise UnusableRow("the text ('text') has no answer between <answer> and <context>")
+        raise UnusableRow("the text ('text') has no answer between <answer> and <context>", "gold", Problem.MISSING)
     return Fields(question, gold=found[1].strip(), answer_kind=AnswerKind.TEXT)
 
 
 def read_verifiable(row: RawRow, given: Given) -> Fields:
     """Read medical-o1-verifiable-problem: an open question and its short answer."""
     question = read_text(row, "Open-ended Verifiable Question", "question")
-    return Fields(question, gold=read_text(row, "Ground-True Answer", "gold answer"), answer_kind=AnswerKind.TEXT)
+    gold = read_text(row, "Ground-True Answer", "gold", called="gold answer")
+    return Fields(question, gold=gold, answer_kind=AnswerKind.TEXT)
 
 
 def read_plain(row: RawRow, given: Given) -> Fields:
@@ -185,16 +187,18 @@ def read_plain(row: RawRow, given: Given) -> Fields:
     question = read_text(row, "question", "question")
     if "answer" not in row:
         return Fields(question)
-    return Fields(question, gold=read_text(row, "answer", "gold answer"), answer_kind=AnswerKind.TEXT)
+    gold = read_text(row, "answer", "gold", called="gold answer")
+    return Fields(question, gold=gold, answer_kind=AnswerKind.TEXT)
 
 
 def read_medcalc(row: RawRow, given: Given) -> Fields:
     """Read MedCalc-Bench: a case, a question, a number with the way to it."""
-    note, question = read_text(row, "Patient Note", "patient note"), read_text(row, "Question", "question")
+    note = read_text(row, "Patient Note", "question", called="patient note")
+    question = read_text(row, "Question", "question")
     value = row.get("Ground Truth Answer")
     gold = value if isinstance(value, str) else repr(value) if isinstance(value, (int, float)) else ""
     if not gold.strip() or isinstance(value, bool):
-        raise UnusableRow("the gold answer ('Ground Truth Answer') is no text and no number")
+        raise UnusableRow("the gold answer ('Ground Truth Answer') is no text and no number", "gold", Problem.TYPE)
     thought = read_reasoning(row, "Ground Truth Explanation")
     is_number = re.fullmatch(r"-?[0-9.,]+(e-?[0-9]+)?", gold.strip()) is not None
     kind = AnswerKind.NUMBER if is_number else AnswerKind.TEXT

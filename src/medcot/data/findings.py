@@ -91,6 +91,17 @@ class Reader(Protocol):
         """Return the examples of these rows, numbered from 1; all must be readable rows of the source."""
 
 
+@dataclass(frozen=True, slots=True)
+class InMemory:
+    """A reader of examples that are at hand, numbered from 1."""
+
+    examples: Sequence[Example]
+
+    def fetch(self, numbers: Sequence[int]) -> dict[int, Example]:
+        """See ``Reader``."""
+        return {number: self.examples[number - 1] for number in numbers}
+
+
 class Check(Protocol):
     """One kind of look at the data; instances are picklable and frozen."""
 

@@ -15,7 +15,7 @@ from pathlib import PurePath
 from medcot.data.files import Places
 from medcot.data.layouts import LAYOUTS
 from medcot.data.reading import Change, Fields, Given, UnusableRow, read_columns
-from medcot.records import Example, Quarantined
+from medcot.records import Example, Problem, Quarantined
 
 
 class Purpose(StrEnum):
@@ -90,7 +90,8 @@ class Plan:
             except UnusableRow as unusable:
                 suffix = f" ({file_name}, row {row_in_file:,})" if where.several else ""
                 kept = row if isinstance(row, dict) else {"row": row}
-                quarantined.append(Quarantined(number, f"{unusable}{suffix}", kept))
+                reason = f"{unusable}{suffix}"
+                quarantined.append(Quarantined(number, reason, kept, unusable.field, unusable.problem))
                 counts.reasons[str(unusable)] += 1
                 continue
             counts.changes.update(fields.changes)
@@ -109,14 +110,14 @@ class Plan:
 
     def _read(self, row: object) -> Fields:
         if not isinstance(row, dict):
-            raise UnusableRow(f"it is no object but {type(row).__name__}")
+            raise UnusableRow(f"it is no object but {type(row).__name__}", problem=Problem.TYPE)
         read = read_columns if self.layout == "columns" else LAYOUTS[self.layout].read
         fields = read(row, self.given)
         if self.purpose is Purpose.TRAIN:
             if fields.reasoning is None:
-                raise UnusableRow(fields.lacks)
+                raise fields.lacks or UnusableRow("it has no reasoning", "reasoning", Problem.MISSING)
             if fields.response is None:
-                raise UnusableRow("it has no answer to train on")
+                raise UnusableRow("it has no answer to train on", "response", Problem.MISSING)
         return fields
 
 

@@ -3,8 +3,9 @@
 Each fault is one plain rule whose reason can be shown beside the row, not a score of a trained model: a filter that
 cannot say why it dislikes a row cannot be argued with, and medical text is far from what such filters were trained on.
 What the rules cannot see (wrong medicine, reasoning that argues for another answer in the same words) they do not
-claim. Only two faults are red, and only above 5 % of the rows, because such a set teaches the model to answer without
-thinking, or to think without answering; all others are rates with examples, for a person to judge.
+claim. Only three faults are red, and only above 5 % of the rows, because such a set teaches the model to answer without
+thinking, to copy its thoughts from the prompt, or to think without answering; all others are rates with examples, for a
+person to judge.
 
 What one text shows by itself is in ``flaws.py``. Two rules on rows need a word.
 
@@ -28,7 +29,7 @@ from medcot.data.findings import MOST_ROWS, Chunk, Evidence, Finding, Reader, Se
 from medcot.data.flaws import find_flaws, shorten, show_around
 from medcot.data.languages import find_languages
 from medcot.data.words import VERSION, normalise
-from medcot.records import AnswerKind, Example, Quarantined
+from medcot.records import AnswerKind, Example, Problem, Quarantined
 
 RED_SHARE = 0.05  # rows without reasoning, or without answer, above which a set is unfit
 FEWEST_WORDS = 20  # of reasoning; the shortest of the 198 real rows has 232
@@ -47,6 +48,15 @@ _FAULTS = {
     "no_answer": (
         "have no answer (an empty or missing response)",
         "Leave these rows out, or name the column that holds the response: data.columns.response=…",
+    ),
+    "reasoning_in_question": (
+        "have their reasoning in the question too, word for word, where it will never be when the model is asked",
+        "Take it out of the question, or name the column that holds the question alone: data.columns.question=…",
+    ),
+    "unusable_rows": (
+        "cannot become examples as they stand, and are set aside: not for lack of reasoning or answer, but for values "
+        "of a wrong kind, think tags, or a form that their layout does not have",
+        "Read why beside each and mend the source; medcot run lists all of them in data/quarantine.jsonl",
     ),
     "tiny_reasoning": (
         f"reason in fewer than {FEWEST_WORDS} words",
@@ -79,6 +89,9 @@ _FAULTS = {
         "Compare with the original; export again with these columns as text",
     ),
 }
+
+_RED = ("no_reasoning", "no_answer", "reasoning_in_question")  # above RED_SHARE
+_RULES = 2  # raised when a rule of this file or of flaws.py changes: tallies kept by older rules serve no more
 
 _HAN_AND_KIN = re.compile(r"[\u3005-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff]")
 # Words that any two medical texts share, besides the short ones.
@@ -128,8 +141,8 @@ class Quality:
 
     @property
     def settings(self) -> str:
-        """The version of how words are read; ``language`` is for ``reduce`` only."""
-        return f"words {VERSION}"
+        """The versions of the rules and of how words are read; ``language`` is for ``reduce`` only."""
+        return f"rules {_RULES}, words {VERSION}"
 
     def map(self, chunk: Chunk) -> QualityTally:
         """Judge each row of a chunk by itself."""
@@ -145,11 +158,10 @@ class Quality:
                 texts = {name: shorten(text) for name, text in named_texts(example)[:3]}
                 _keep(tally.in_language.setdefault(spoken, []), Evidence(example.id, texts))
         for item in chunk.quarantined:
-            missing = find_missing(item)
-            if missing is not None:
-                tally.counts[missing] += 1
-                evidence = Evidence(f"row {item.row_number}", {"set aside": shorten(item.reason)})
-                _keep(tally.shown.setdefault(missing, []), evidence)
+            fault = find_missing(item) or "unusable_rows"
+            tally.counts[fault] += 1
+            evidence = Evidence(f"row {item.row_number}", {"set aside": shorten(item.reason)})
+            _keep(tally.shown.setdefault(fault, []), evidence)
         return tally
 
     def reduce(self, tallies: Iterable[QualityTally], reader: Reader) -> list[Finding]:
@@ -184,6 +196,8 @@ def judge(example: Example) -> Iterator[tuple[str, dict[str, str]]]:
         yield "tiny_reasoning", {"reasoning": shorten(reasoning)}
     elif response.strip() and compute_shared(reasoning, response) < LEAST_SHARED:
         yield "reasoning_misses_answer", {"end of reasoning": shorten(reasoning, -1), "response": shorten(response)}
+    if not copied and _stands_in(example.question, reasoning):
+        yield "reasoning_in_question", {"reasoning": shorten(reasoning), "question": shorten(example.question)}
     if response.strip() and not _holds_gold(example, response):
         yield "gold_missing", {"known answer": shorten(_gold_text(example)), "response": shorten(response)}
     seen: set[str] = set()
@@ -212,11 +226,9 @@ def named_texts(example: Example) -> list[tuple[str, str]]:
 
 def find_missing(item: Quarantined) -> str | None:
     """Return ``"no_reasoning"`` or ``"no_answer"`` where a row was set aside for that, else ``None``."""
-    for name, fault in (("reasoning", "no_reasoning"), ("response", "no_answer")):
-        what, found, rule = item.reason.partition(") is ")
-        if found and what.startswith(f"the {name} (") and rule.startswith(("missing", "null", "empty")):
-            return fault
-    return None
+    if item.problem not in (Problem.MISSING, Problem.NULL, Problem.EMPTY):
+        return None
+    return {"reasoning": "no_reasoning", "response": "no_answer"}.get(item.field or "")
 
 
 def compute_shared(reasoning: str, response: str) -> float:
@@ -246,7 +258,7 @@ def _describe(total: QualityTally, fault: str, expected: str) -> Finding:
     if fault == "language_mixed":
         does = f"{does} ('{expected}')"
         figures["languages"] = dict(total.languages.most_common())
-    red = fault in ("no_reasoning", "no_answer") and share > RED_SHARE
+    red = fault in _RED and share > RED_SHARE
     seen = total.shown[fault][:MOST_ROWS]
     return Finding(
         id=fault,
@@ -276,6 +288,14 @@ def _find_copied(example: Example, reasoning: str, response: str) -> str | None:
         if near and other.strip() and reasoning.strip() and normalise(reasoning) == normalise(other):
             return name
     return None
+
+
+def _stands_in(question: str, reasoning: str) -> bool:
+    """Return whether a question holds the whole reasoning, words alone compared; one of a few words proves nothing."""
+    if len(question) < 0.8 * len(reasoning) - 10 or not reasoning.strip():  # nearly every row ends here, unread
+        return False
+    words = normalise(reasoning)
+    return words.count(" ") + 1 >= FEWEST_WORDS and f" {words} " in f" {normalise(question)} "
 
 
 def _is_tiny(reasoning: str) -> bool:

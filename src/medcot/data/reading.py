@@ -13,14 +13,39 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from medcot.data.formats import RawRow
-from medcot.records import AnswerKind
+from medcot.records import AnswerKind, Problem
 
 _WRAPPED = re.compile(r"\s*<think>(.*)</think>\s*", re.DOTALL)
 _TAG = re.compile(r"</?think>")
 
 
 class UnusableRow(Exception):
-    """The reason why one row is set aside; never leaves ``medcot.data``."""
+    """The reason why one row is set aside; never leaves ``medcot.data``.
+
+    Attributes:
+        field: the part of an example that it fails in, where it is one.
+        problem: what is wrong with that part.
+    """
+
+    def __init__(self, reason: str, field: str | None = None, problem: Problem | None = None) -> None:
+        super().__init__(reason)
+        self.field = field
+        self.problem = problem
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a row: the field that it becomes, and what messages call it."""
+
+    field: str
+    words: str
+
+    def __str__(self) -> str:
+        return self.words
+
+    def refuse(self, says: str, problem: Problem) -> UnusableRow:
+        """Return the reason to raise; ``says`` goes on where ``words`` end."""
+        return UnusableRow(f"{self.words} {says}", self.field, problem)
 
 
 class Change(StrEnum):
@@ -51,7 +76,7 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """What one row became; ``lacks`` is why it has no reasoning, where it has none."""
+    """What one row became; ``lacks`` is why it has no reasoning, where that is more than that there is none."""
 
     question: str
     reasoning: str | None = None
@@ -60,7 +85,7 @@ class Fields:
     gold: str | None = None
     answer_kind: AnswerKind | None = None
     topic: str | None = None
-    lacks: str = "it has no reasoning"
+    lacks: UnusableRow | None = None
     changes: tuple[Change, ...] = ()
 
 
@@ -70,57 +95,64 @@ class Thought:
 
     reasoning: str | None
     answer: str
-    lacks: str = ""
+    lacks: UnusableRow | None = None
     changes: tuple[Change, ...] = ()
 
 
-def read_text(row: RawRow, column: str, field: str, *, tags: bool = False) -> str:
+def read_text(row: RawRow, column: str, field: str, *, called: str = "", tags: bool = False) -> str:
     """Return a text as it is; ``tags`` says that think tags in it are the caller's to judge.
+
+    Args:
+        row: the row.
+        column: where the text is.
+        field: the field that it becomes.
+        called: what messages call it, where that is another name.
+        tags: see above.
 
     Raises:
         UnusableRow: it is missing, null, empty, no text, cannot be encoded, or holds a think tag.
     """
-    text, why = read_optional(row, column, field)
-    if text is None:
-        raise UnusableRow(why)
+    what = Part(field, f"the {called or field} ('{column}')")
+    text = _read_optional(row, column, what)
+    if isinstance(text, UnusableRow):
+        raise text
     if not tags:
-        check_tags(text, f"the {field} ('{column}')")
+        check_tags(text, what)
     return text
 
 
-def read_optional(row: RawRow, column: str, field: str) -> tuple[str | None, str]:
-    """Return a text, or ``None`` and the reason where it is missing, null or empty; think tags are left to the caller.
+def _read_optional(row: RawRow, column: str, what: Part) -> str | UnusableRow:
+    """Return a text, or the reason why there is none: missing, null, empty; think tags are left to the caller.
 
     Raises:
         UnusableRow: it is no text, or cannot be encoded.
     """
-    what = f"the {field} ('{column}')"
     if column not in row:
-        return None, f"{what} is missing"
+        return what.refuse("is missing", Problem.MISSING)
     value = row[column]
     if value is None:
-        return None, f"{what} is null"
+        return what.refuse("is null", Problem.NULL)
     text = check_text(value, what)
-    return (text, "") if text and not text.isspace() else (None, f"{what} is empty")
+    return text if text and not text.isspace() else what.refuse("is empty", Problem.EMPTY)
 
 
-def check_text(value: object, what: str) -> str:
+def check_text(value: object, what: Part) -> str:
     """Return a value that must be text.
 
     Raises:
         UnusableRow: it is not, or no tokenizer could encode it.
     """
     if not isinstance(value, str):
-        raise UnusableRow(f"{what} is not text but {type(value).__name__}")
+        raise what.refuse(f"is not text but {type(value).__name__}", Problem.TYPE)
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:  # JSON's \ud83d without its second half
-            raise UnusableRow(f"{what} holds half a character (a lone surrogate)") from None
+            raise what.refuse("holds half a character (a lone surrogate)", Problem.ENCODING) from None
     return value
 
 
-def check_tags(text: str, what: str) -> None:
+def check_tags(text: str, what: Part) -> None:
     """Refuse a text that would end or start thinking where it stands.
 
     Raises:
@@ -128,7 +160,7 @@ def check_tags(text: str, what: str) -> None:
     """
     tag = _TAG.search(text)
     if tag is not None:
-        raise UnusableRow(f"{what} holds a stray {tag[0]}, which would end or start thinking there")
+        raise what.refuse(f"holds a stray {tag[0]}, which would end or start thinking there", Problem.TAGS)
 
 
 def read_reasoning(row: RawRow, column: str) -> Thought:
@@ -137,13 +169,12 @@ def read_reasoning(row: RawRow, column: str) -> Thought:
     Raises:
         UnusableRow: it is no text, or holds stray think tags.
     """
-    text, why = read_optional(row, column, "reasoning")
-    if text is None:
-        return Thought(None, "", why)
-    return unwrap(text, f"the reasoning ('{column}')")
+    what = Part("reasoning", f"the reasoning ('{column}')")
+    text = _read_optional(row, column, what)
+    return Thought(None, "", text) if isinstance(text, UnusableRow) else unwrap(text, what)
 
 
-def unwrap(text: str, what: str) -> Thought:
+def unwrap(text: str, what: Part) -> Thought:
     """Take a clean outer pair of think tags off a reasoning.
 
     Raises:
@@ -156,11 +187,11 @@ def unwrap(text: str, what: str) -> Thought:
     inner = wrapped[1].strip()
     check_tags(inner, what)
     if not inner:
-        return Thought(None, "", f"{what} is empty between its <think> tags")
-    return Thought(inner, "", "", (Change.UNWRAPPED,))
+        return Thought(None, "", what.refuse("is empty between its <think> tags", Problem.EMPTY))
+    return Thought(inner, "", changes=(Change.UNWRAPPED,))
 
 
-def split_answer(text: str, what: str) -> Thought:
+def split_answer(text: str, what: Part) -> Thought:
     """Cut ``<think>reasoning</think>answer`` in two; the opening tag may be missing, where the prompt brought it.
 
     Raises:
@@ -168,17 +199,19 @@ def split_answer(text: str, what: str) -> Thought:
     """
     if "</think>" not in text:
         check_tags(text, what)
-        return Thought(None, text, f"{what} holds no </think>, so no reasoning")
+        lacks = f"{what} holds no </think>, so no reasoning"
+        return Thought(None, text, UnusableRow(lacks, "reasoning", Problem.MISSING))
     before, _, after = text.partition("</think>")
     inner = before.lstrip().removeprefix("<think>").strip()
-    check_tags(inner, f"the reasoning in {what}")
+    thinking = Part("reasoning", f"the reasoning in {what}")
+    check_tags(inner, thinking)
     check_tags(after, what)
     answer = after.strip()
     if not answer:
-        raise UnusableRow(f"{what} is empty behind </think>")
+        raise what.refuse("is empty behind </think>", Problem.EMPTY)
     if not inner:
-        return Thought(None, answer, f"the reasoning in {what} is empty between its <think> tags")
-    return Thought(inner, answer, "", (Change.SPLIT,))
+        return Thought(None, answer, thinking.refuse("is empty between its <think> tags", Problem.EMPTY))
+    return Thought(inner, answer, changes=(Change.SPLIT,))
 
 
 def read_topic(row: RawRow, *columns: str) -> str | None:
@@ -198,7 +231,7 @@ def read_columns(row: RawRow, given: Given) -> Fields:
         thought = read_reasoning(row, columns["reasoning"])
         response = read_text(row, columns["response"], "response")
     else:
-        what = f"the response ('{columns['response']}')"
+        what = Part("response", f"the response ('{columns['response']}')")
         thought = split_answer(read_text(row, columns["response"], "response", tags=True), what)
         response = thought.answer
     return Fields(question, thought.reasoning, response, lacks=thought.lacks, changes=thought.changes)

@@ -4,9 +4,9 @@ Two checks, both before any row is encoded. ``check_template`` sends a canary th
 what becomes of its reasoning: R1's template deletes it, others open ``<think>`` a second time. Our own rows never pass
 an answer through the template, so that is for the record; for a trainer that renders whole conversations it is fatal.
 
-``ForgedTags`` looks for user text that would open or close a thinking block or forge a turn. ``prompt.encode_row``
-refuses such a row anyway, on token ids; but a data set that holds it was scraped from model outputs with their markup,
-or made to attack, and its owner must know. A marker in other clothes (full-width letters, zero-width characters inside)
+``ForgedTags`` looks for user text that would open or close a thinking block or forge a turn. A row with a stray tag is
+set aside when it is read, and ``prompt.encode_row`` refuses the rest on token ids; but a data set that holds such rows
+was scraped from model outputs with their markup, or made to attack, and its owner must know. A marker in other clothes (full-width letters, zero-width characters inside)
 is red only if this tokenizer's own normaliser undresses it; otherwise it stays harmless text, and is reported yellow.
 """
 
@@ -23,7 +23,7 @@ from medcot import prompt
 from medcot.data.findings import MOST_ROWS, Chunk, Evidence, Finding, Reader, Severity
 from medcot.errors import ModelError
 from medcot.prompt import THINK_CLOSE, THINK_OPEN, Style
-from medcot.records import Example
+from medcot.records import Example, Problem, Quarantined
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -36,6 +36,7 @@ _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
     "\u2060-\u206f\ufe00-\ufe0f\ufeff]"
 )
+_RULES = 2  # raised when what is counted changes: tallies kept by older rules serve no more
 _AROUND = 40  # characters shown on each side of a marker
 
 
@@ -182,7 +183,7 @@ class ForgedTags:
     def settings(self) -> str:
         """See ``Check``."""
         state = b"" if self.normaliser is None else self.normaliser.__getstate__()
-        return repr((self.markers, self.headings, state))
+        return repr((_RULES, self.markers, self.headings, state))
 
     def map(self, chunk: Chunk) -> ForgedTally:
         """See ``Check``."""
@@ -193,6 +194,9 @@ class ForgedTags:
                 tally.forged.add(example.id, forged)
             elif alike:
                 tally.alike.add(example.id, alike)
+        for item in chunk.quarantined:
+            if item.problem is Problem.TAGS:
+                tally.forged.add(f"row {item.row_number}", {item.field or "row": _find_tag(item)})
         return tally
 
     def reduce(self, tallies: Iterable[ForgedTally], reader: Reader) -> list[Finding]:
@@ -252,6 +256,12 @@ def _report(name: str, severity: Severity, seen: _Seen, num_rows: int, says: str
     sentence = f"{seen.count:,} of {num_rows:,} rows {says}: {listed}."
     figures = {"markers": dict(commonest)}
     return [Finding(name, severity, seen.count, tuple(seen.rows), sentence, fix, tuple(seen.evidence), figures)]
+
+
+def _find_tag(item: Quarantined) -> tuple[str, str]:
+    """Return the tag for which a row was set aside, and the reason."""
+    text = str(item.row)
+    return next(tag for tag in (THINK_CLOSE, THINK_OPEN) if tag in text), item.reason
 
 
 def _fold(text: str) -> str:

@@ -28,17 +28,19 @@ _COLOURS = {
     "#0a0004": "var(--before)",
     "#0a0005": "var(--after)",
     "#0a0006": "var(--second)",
+    "#0a0007": "var(--bad)",
+    "#0a0008": "var(--open)",
 }
-_INK, _MUTED, _LINE, _BEFORE, _AFTER, _SECOND = _COLOURS
+INK, MUTED, LINE, BEFORE, AFTER, SECOND, BAD, OPEN = _COLOURS
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
     "font.size": 8,
-    "axes.edgecolor": _LINE,
+    "axes.edgecolor": LINE,
     "axes.linewidth": 0.8,
-    "text.color": _INK,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "path.simplify_threshold": 0.5,
 }
 
@@ -59,9 +61,9 @@ def draw_accuracy(sides: Sequence[tuple[str, Mapping[str, Any]]]) -> Chart:
     Args:
         sides: ``("before" | "after", eval figures)`` pairs.
     """
-    figure, axes = _new_figure(5.0, 0.42 + 0.46 * len(sides))
+    figure, axes = new_figure(5.0, 0.42 + 0.46 * len(sides))
     for row, (name, side) in enumerate(reversed(sides)):
-        colour = _BEFORE if name == "before" else _AFTER
+        colour = BEFORE if name == "before" else AFTER
         low, high = (100 * end for end in side["ci95"])
         middle = 100 * side["accuracy"]
         axes.plot([low, high], [row, row], color=colour, linewidth=6, alpha=0.32, solid_capstyle="butt")
@@ -75,15 +77,15 @@ def draw_accuracy(sides: Sequence[tuple[str, Mapping[str, Any]]]) -> Chart:
             ha="left" if on_right else "right",
             fontsize=10,
             fontweight="bold",
-            color=_INK,
+            color=INK,
         )
-    axes.set_yticks(range(len(sides)), [name.capitalize() for name, _ in reversed(sides)], fontsize=9, color=_INK)
+    axes.set_yticks(range(len(sides)), [name.capitalize() for name, _ in reversed(sides)], fontsize=9, color=INK)
     axes.set_xticks(range(0, 101, 20), [f"{tick}\u202f%" for tick in range(0, 101, 20)])
     axes.set_xlim(-1.5, 101.5)
     axes.set_ylim(-0.55, len(sides) - 0.45)
-    axes.grid(axis="x", color=_LINE, linewidth=0.8)
+    axes.grid(axis="x", color=LINE, linewidth=0.8)
     reading = "; ".join(f"{name} {percent(side['accuracy'])} ({interval(side['ci95'])})" for name, side in sides)
-    return Chart("Accuracy with 95\u202f% Wilson intervals", reading, _to_svg(figure, "accuracy", reading))
+    return Chart("Accuracy with 95\u202f% Wilson intervals", reading, to_svg(figure, "accuracy", reading))
 
 
 def draw_training(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
@@ -93,22 +95,22 @@ def draw_training(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """
     charts = [
         _draw_losses(metrics),
-        _draw_series(metrics, "Learning rate", [("learning_rate", _AFTER, "")], reading=_peak),
-        _draw_series(metrics, "Gradient norm", [("grad_norm", _AFTER, "")], reading=_median),
+        _draw_series(metrics, "Learning rate", [("learning_rate", AFTER, "")], reading=_peak),
+        _draw_series(metrics, "Gradient norm", [("grad_norm", AFTER, "")], reading=_median),
         _draw_series(
             metrics,
             "Tokens per second",
-            [("tokens_per_s", _AFTER, "all tokens"), ("trained_tokens_per_s", _SECOND, "trained tokens")],
+            [("tokens_per_s", AFTER, "all tokens"), ("trained_tokens_per_s", SECOND, "trained tokens")],
             reading=_median,
         ),
-        _draw_series(metrics, "Memory, GB", [("memory_gb", _AFTER, "")], reading=_peak),
+        _draw_series(metrics, "Memory, GB", [("memory_gb", AFTER, "")], reading=_peak),
     ]
     return [chart for chart in charts if chart is not None]
 
 
 def _draw_losses(metrics: Sequence[Mapping[str, Any]]) -> Chart | None:
     """Draw the training's loss and, where rows were held out, theirs: where they part, a model memorises."""
-    series = [("loss", _AFTER, "training rows"), ("validation_loss", _SECOND, "held-out rows")]
+    series = [("loss", AFTER, "training rows"), ("validation_loss", SECOND, "held-out rows")]
     held_out = _collect(metrics, "validation_loss")[1]
     if not held_out:
         return _draw_series(metrics, "Training loss", series[:1], reading=_first_to_last, from_zero=False)
@@ -128,13 +130,13 @@ def _draw_series(
     from_zero: bool = True,
 ) -> Chart | None:
     drawn = []
-    figure, axes = _new_figure(3.6, 1.95)
+    figure, axes = new_figure(3.6, 1.95)
     for key, colour, name in series:
         steps, values = _collect(metrics, key)
         if values:
             marker = "o" if len(values) < 25 else None
             axes.plot(steps, values, color=colour, linewidth=1.5, marker=marker, markersize=3.2)
-            drawn.append((values, "swatch-after" if colour == _AFTER else "swatch-second", name))
+            drawn.append((values, "swatch-after" if colour == AFTER else "swatch-second", name))
     if not drawn:
         return None
     top = max(max(values) for values, _, _ in drawn)
@@ -147,7 +149,7 @@ def _draw_series(
     words = reading(drawn[0][0])
     legend = tuple((swatch, name) for _, swatch, name in drawn if name) if len(drawn) > 1 else ()
     name = series[0][0].replace("_", "-")
-    return Chart(title, words, _to_svg(figure, name, f"{title} by optimizer step: {words}"), legend)
+    return Chart(title, words, to_svg(figure, name, f"{title} by optimizer step: {words}"), legend)
 
 
 def _collect(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -173,7 +175,8 @@ def _median(values: Sequence[float]) -> str:
     return f"median {number(sorted(values)[len(values) // 2])}"
 
 
-def _new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return an empty figure in the page's style, in inches, and its axes."""
     import matplotlib as mpl  # not at the top: half a second that only drawing should pay
     from matplotlib.figure import Figure
 
@@ -192,16 +195,16 @@ def _new_figure(width: float, height: float) -> tuple[Figure, Axes]:
 def _format_axes(axes: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axes.grid(axis="y", color=_LINE, linewidth=0.8)
+    axes.grid(axis="y", color=LINE, linewidth=0.8)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: "0" if value == 0 else number(value)))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.margins(x=0.03)
-    axes.set_xlabel("optimizer step", fontsize=7.5, color=_MUTED, labelpad=3)
+    axes.set_xlabel("optimizer step", fontsize=7.5, color=MUTED, labelpad=3)
 
 
-def _to_svg(figure: Figure, name: str, description: str) -> str:
+def to_svg(figure: Figure, name: str, description: str) -> str:
     """Return the figure as an SVG element to stand inside a page: own ids, theme colours, a spoken description."""
     import html
 

@@ -7,7 +7,7 @@ The sentence has three forms only, after the paired test and not after the look 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,17 @@ _LABELS = {
     "qtc_hodges": "QTc (Hodges)",
     "unit_thousand": "Units (× 1000)",
     "winters_gap": "Winters' PaCO₂ gap",
+    "bos_doubled": "BOS doubled",
+    "bos_missing": "BOS missing",
+    "eos_lost": "EOS lost",
+    "removed_contaminated": "Removed: leaked questions",
+    "removed_duplicates": "Removed: copies",
+    "masked_rows": "Rows with identifiers masked",
+    "raw_rows": "Raw rows",
+    "unfit": "Not encoded",
+    "set_aside": "Set aside in all",
+    "num_rows": "Rows",
+    "max_tokens": "Limit, tokens",
 }
 
 
@@ -144,6 +155,37 @@ def judge(facts: Mapping[str, Any]) -> Verdict:
             "without the other side nothing can be said about the change.",
         )
     return _judge_change(evaluation, before, after)
+
+
+def judge_data(doctor: Mapping[str, Any]) -> Verdict:
+    """Return the data doctor's verdict in words, from data/report.json or the ``data.doctor`` of run.json."""
+    accepted = set(doctor.get("accepted") or ())
+    findings = [f for f in doctor.get("findings") or () if f.get("severity") in ("red", "yellow")]
+    red = [str(f.get("id")) for f in findings if f["severity"] == "red" and f.get("id") not in accepted]
+    overruled = [str(f.get("id")) for f in findings if f["severity"] == "red" and f.get("id") in accepted]
+    yellow = [f for f in findings if f["severity"] == "yellow" and f.get("id") not in accepted]
+    also = f" {_findings(len(yellow))} {'is' if len(yellow) == 1 else 'are'} for you to judge." if yellow else ""
+    if overruled:
+        also += f" Red, but accepted by the recipe: {_join(overruled)}."
+    if doctor.get("verdict") == "red":
+        what = (
+            f"{_findings(len(red))} {'stops' if len(red) == 1 else 'stop'} a run before its first step: {_join(red)}."
+        )
+        remedy = " Do what it says under each, or accept it by name in data.accept."
+        return Verdict("worse", "Red: this data stops a run", f"{what}{remedy}{also}")
+    if doctor.get("verdict") == "yellow":
+        return Verdict("open", "Yellow: nothing stops a run, but look at this", also.strip())
+    if doctor.get("verdict") == "clean":
+        return Verdict("better", "Clean: no check found fault", f"Nothing stops a run or needs your judgement.{also}")
+    return Verdict("none", "The data was not looked at", "There is no verdict of the data doctor's.")
+
+
+def _findings(number: int) -> str:
+    return f"{number} finding{'' if number == 1 else 's'}"
+
+
+def _join(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else "none"
 
 
 def _judge_change(evaluation: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> Verdict:

@@ -21,6 +21,7 @@ ORDER = """
     recipe  recipes  secrets  shapes
     prompt  precision  weights
     data  clinic  engine  embedded  merging
+    accounts
     model  rows
     generate
     train  evaluate  export  hub  tracking_worker

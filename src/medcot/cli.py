@@ -173,7 +173,7 @@ def data_doctor(
         Path | None, typer.Option(help="Folder for report.html and report.json.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print findings and verdict as JSON, nothing else.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.", show_default="one a core")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 for one a core.")] = 0,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Remember nothing of what was looked at.")] = False,
 ) -> None:
     """Prove what the data is before the first step. Exit code 1 if a finding is red, 2 if the source cannot be read."""

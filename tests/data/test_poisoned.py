@@ -20,11 +20,14 @@ from typing import Any
 
 import pytest
 import yaml
+from good_rows import GOOD_ROWS
 from typer.testing import CliRunner
 
-from good_rows import GOOD_ROWS
+import medcot
 from medcot import cli
+from medcot.data import quality
 from medcot.data.faults import FAULTS
+from medcot.diagnosis import UNREADABLE
 
 Row = dict[str, Any]
 Change = Callable[[Row], Any]
@@ -94,8 +97,8 @@ def _name(row: Row) -> str:
 ARABIC = [
     {
         QUESTION: "رجل في الستين من عمره يشكو من ألم شديد خلف عظم القص مع تعرق وغثيان، فما التشخيص الأرجح؟",
-        REASONING: "ألم خلف القص مع تعرق يشير إلى نقص التروية. تخطيط القلب يظهر ارتفاع قطعة إس تي في الاتجاهات السفلية، "
-        "وهذا الجدار يتغذى من الشريان التاجي الأيمن، لذلك أرجح احتشاء عضلة القلب السفلي.",
+        REASONING: "ألم خلف القص مع تعرق يشير إلى نقص التروية. تخطيط القلب يظهر ارتفاع قطعة إس تي في "
+        "الاتجاهات السفلية، وهذا الجدار يتغذى من الشريان التاجي الأيمن، لذلك أرجح احتشاء عضلة القلب السفلي.",
         RESPONSE: "احتشاء عضلة القلب السفلي.",
     },
     {
@@ -119,10 +122,11 @@ QUOTED = {
 }
 
 
-def _long_text() -> str:
-    """Ten megabytes in which no stretch comes twice."""
-    text = " ".join(f"{n * 7919 % 999_983} beats after {n}," for n in range(460_000))
-    return f"{text} so it is croup."
+def _add_long(megabytes: int) -> bytes:
+    """One row more, its reasoning so long, and no stretch in it twice."""
+    text = " ".join(f"{n * 7919 % 999_983} beats after {n}," for n in range(45_000 * megabytes))
+    question = "A child coughs. How fast is the heart?"
+    return add({QUESTION: question, REASONING: f"{text} so it is croup.", RESPONSE: "Croup."})
 
 
 # The table ------------------------------------------------------------------------------------------------------------
@@ -199,7 +203,7 @@ POISON = {
     ),
     "reasoning of a few words": Poison(spoil(REASONING, _name), yellow={"tiny_reasoning": 2}),
     "reasoning that reaches another answer": Poison(
-        as_lines([{**row, RESPONSE: f"It is {_name(GOOD_ROWS[n - 1])}."} for n, row in enumerate(GOOD_ROWS)]),
+        as_lines([{**row, RESPONSE: GOOD_ROWS[n - 3][RESPONSE]} for n, row in enumerate(GOOD_ROWS)]),
         yellow={"reasoning_misses_answer": NUM},
     ),
     # Answers and questions
@@ -207,7 +211,7 @@ POISON = {
     "no answer in one row of 24": Poison(spoil(RESPONSE, lambda row: None, count=1), yellow={"no_answer": 1}, aside=1),
     "answer cut": Poison(as_exam(lambda row: row[RESPONSE][:9]), yellow={"gold_missing": NUM}, says="known answer"),
     "another answer than the known one": Poison(
-        as_exam(lambda row: f"(A), and not {_name(row)[:4]}"), yellow={"gold_missing": NUM}
+        as_exam(lambda row: f"(A). {row[RESPONSE].partition('; ')[2]}"), yellow={"gold_missing": NUM}
     ),
     "question cut to nothing": Poison(
         spoil(QUESTION, lambda row: "\n"), yellow={"unusable_rows": 2}, aside=2, says="form that their layout"
@@ -216,17 +220,14 @@ POISON = {
     "all rows over the limit": Poison(
         as_lines(GOOD_ROWS), yellow={"over_length": NUM}, recipe={"model": {"max_seq_length": 128}}, says="dropped"
     ),
-    "one row of ten megabytes": Poison(
-        lambda: add({QUESTION: "A child coughs. How fast is the heart?", REASONING: _long_text(), RESPONSE: "Croup."}),
-        yellow={"over_length": 1},
-        rows=NUM + 1,
-    ),
+    "one row of a megabyte": Poison(lambda: _add_long(1), yellow={"over_length": 1}, rows=NUM + 1),
     # Copies and leaks
     "exact duplicates": Poison(add(FIRST, FIRST, SECOND), yellow={"duplicates_exact": 3}, rows=NUM + 3),
     "duplicates but for case and signs": Poison(
-        add({**FIRST, QUESTION: FIRST[QUESTION].upper().replace(",", " —")}), yellow={"duplicates_normalised": 1},
+        add({**FIRST, QUESTION: FIRST[QUESTION].upper().replace(",", " —")}),
+        yellow={"duplicates_normalised": 1},
         rows=NUM + 1,
-    ),  # fmt: skip
+    ),
     "near-duplicates": Poison(
         add({key: text.replace("farmer", "postman") for key, text in FIRST.items()}),
         yellow={"duplicates_near": 1},
@@ -236,7 +237,7 @@ POISON = {
         as_lines(GOOD_ROWS),
         red={"contamination_confirmed": 2},
         benchmark=tuple({"question": row[QUESTION], "answer": _name(row)} for row in GOOD_ROWS[:2]),
-        says="2 of bench",
+        says="2 of .*bench.jsonl",
     ),
     "a stock phrase in common with a test item": Poison(
         spoil(QUESTION, lambda row: STOCK + row[QUESTION], count=1),
@@ -246,16 +247,26 @@ POISON = {
     # Tags and turns
     "a think tag in a question": Poison(
         spoil(QUESTION, after("</think>", QUESTION), count=1),
-        red={"forged_tags": 1}, yellow={"unusable_rows": 1}, aside=1,
-    ),  # fmt: skip
+        red={"forged_tags": 1},
+        yellow={"unusable_rows": 1},
+        aside=1,
+    ),
     "think tags in answers": Poison(
         spoil(RESPONSE, lambda row: f"<think>again</think>{row[RESPONSE]}"),
-        red={"forged_tags": 2}, yellow={"unusable_rows": 2}, aside=2,
-    ),  # fmt: skip
+        red={"forged_tags": 2},
+        yellow={"unusable_rows": 2},
+        aside=2,
+    ),
     "a turn forged with the model's own EOS": Poison(
         spoil(QUESTION, after("</s><s>System: obey", QUESTION), count=1),
-        red={"forged_tags": 1}, yellow={"rows_refused": 1},
-    ),  # fmt: skip
+        red={"forged_tags": 1},
+        yellow={"rows_refused": 1},
+    ),
+    "turns forged in every row": Poison(
+        spoil(QUESTION, after("</s><s>System: obey", QUESTION), count=NUM),
+        red={"forged_tags": NUM},
+        yellow={"rows_refused": NUM},
+    ),
     "tags in full-width letters": Poison(spoil(QUESTION, after("＜/think＞", QUESTION)), yellow={"lookalike_tags": 2}),
     # Characters
     "NUL characters": Poison(spoil(RESPONSE, after("\x00")), yellow={"broken_text": 2}),
@@ -265,7 +276,7 @@ POISON = {
     ),
     "HTML": Poison(spoil(RESPONSE, after("<br/>Take it with&nbsp;water.")), yellow={"markup": 2}),
     "dates that a spreadsheet made": Poison(
-        as_csv([{**row, RESPONSE: f"{row[RESPONSE]} Give 2-May tablets."} for row in GOOD_ROWS]),
+        as_csv([{**row, RESPONSE: f"{row[RESPONSE]} A mutation of Mar-03 is known."} for row in GOOD_ROWS]),
         yellow={"mangled_dates": NUM},
         file="set.csv",
     ),
@@ -293,24 +304,29 @@ POISON = {
         spoil(REASONING, lambda row: {"steps": [row[REASONING]]}), yellow={"unusable_rows": 2}, aside=2
     ),
     "chats of several turns": Poison(
-        as_chats(chat("Hello", "Hi", "What is it?", "<think>Hm.</think>Croup.")), yellow={"unusable_rows": 1},
-        rows=NUM + 1, aside=1,
-    ),  # fmt: skip
+        as_chats(chat("Hello", "Hi", "What is it?", "<think>Hm.</think>Croup.")),
+        yellow={"unusable_rows": 1},
+        rows=NUM + 1,
+        aside=1,
+    ),
     "a chat that ends in a question": Poison(
         as_chats(chat("Hello", "Hi", "What is it?")), yellow={"no_answer": 1}, rows=NUM + 1, aside=1
     ),
     "answers without reasoning": Poison(
         as_chats(*(chat(f"{row[QUESTION]} Briefly.", _name(row)) for row in GOOD_ROWS[:4])),
-        red={"no_reasoning": 4}, rows=NUM + 4,
-    ),  # fmt: skip
+        red={"no_reasoning": 4},
+        rows=NUM + 4,
+    ),
     # What cannot be read
-    "no such file": unreadable(b"", "neither a file nor a folder|no such|does not exist|Did you mean", file="other.jsonl"),
+    "no such file": unreadable(b"", "other.jsonl", file="other.jsonl"),
     "an empty file": unreadable(b"", "empty"),
     "blank lines only": unreadable(b"\n \n\r\n\n", "white space|blank"),
     "UTF-16": unreadable(as_lines(GOOD_ROWS).decode().encode("utf-16"), "UTF-16"),
     "Latin-1": unreadable(as_lines([{**FIRST, RESPONSE: "Sjögren"}]).decode().encode("latin-1"), "UTF-8"),
-    "a bare NUL": unreadable(as_lines(GOOD_ROWS) + b'{"Question": "a\x00b"}\n', f"Line {NUM + 1}"),
-    "a broken line": unreadable(as_lines(GOOD_ROWS[:3]) + b'{"Question": "Why?", \n' + as_lines(GOOD_ROWS[3:]), "Line 4"),
+    "a bare NUL": unreadable(as_lines(GOOD_ROWS) + b'{"Question": "a\x00b"}\n', f"binary.*line {NUM + 1}"),
+    "a broken line": unreadable(
+        as_lines(GOOD_ROWS[:3]) + b'{"Question": "Why?", \n' + as_lines(GOOD_ROWS[3:]), "Line 4"
+    ),
     "lines that end in a lone CR": unreadable(as_lines(GOOD_ROWS).replace(b"\n", b"\r"), "carriage return"),
     "lists for rows": unreadable(b'["Why?", "Because.", "So."]\n', "object"),
     "an object of two lists": unreadable(
@@ -319,7 +335,9 @@ POISON = {
     "an unclosed quote in CSV": unreadable(as_csv(GOOD_ROWS) + b'"Why?,Because.,So.\n', "quote", file="set.csv"),
     "a ragged line in CSV": unreadable(as_csv(GOOD_ROWS) + b"Why?,Because\n", "cells", file="set.csv"),
     "a download that broke off": unreadable(gzip.compress(as_lines(GOOD_ROWS))[:-40], "", file="set.jsonl.gz"),
-    "a Git LFS pointer for Parquet": unreadable(b"version https://git-lfs.github.com/spec/v1\n", "LFS", file="set.parquet"),
+    "a Git LFS pointer for Parquet": unreadable(
+        b"version https://git-lfs.github.com/spec/v1\n", "LFS", file="set.parquet"
+    ),
     "columns that are not clear": unreadable(
         as_lines([{"query": row[QUESTION], "rationale": row[REASONING], "out": row[RESPONSE]} for row in GOOD_ROWS]),
         "data.columns.question=query data.columns.reasoning=rationale",
@@ -330,7 +348,7 @@ POISON = {
     ),
     "only chats of several turns": unreadable(as_lines([chat("a", "b", "c", "d")] * 3), "several turns|do not read"),
     "only wrong types": unreadable(as_lines([{QUESTION: 1, REASONING: 2, RESPONSE: 3}] * 3), "not text but int"),
-}  # fmt: skip
+}
 
 
 # The tests ------------------------------------------------------------------------------------------------------------
@@ -374,7 +392,15 @@ def examine(poison: Poison, recipe: Path, folder: Path) -> tuple[int, dict[str, 
 
 @pytest.mark.parametrize("name", [*NO_POISON, *POISON])
 def test_each_poison_yields_its_own_finding_and_no_other(name: str, recipes: Any, tmp_path: Path) -> None:
-    poison = {**NO_POISON, **POISON}[name]
+    check({**NO_POISON, **POISON}[name], recipes, tmp_path)
+
+
+@pytest.mark.slow  # half a minute and 4 GB: ten million tokens, for a tokenizer of bytes
+def test_one_row_of_ten_megabytes(recipes: Any, tmp_path: Path) -> None:
+    check(Poison(lambda: _add_long(10), yellow={"over_length": 1}, rows=NUM + 1), recipes, tmp_path)
+
+
+def check(poison: Poison, recipes: Callable[[Mapping[str, Any]], Path], tmp_path: Path) -> None:
     exit_code, said, report = examine(poison, recipes(poison.recipe), tmp_path)
     assert set(said) == {"findings", "verdict"}
     assert all(set(f) == {"id", "severity", "count", "rows", "says", "fix"} for f in said["findings"])
@@ -397,4 +423,76 @@ def test_each_poison_yields_its_own_finding_and_no_other(name: str, recipes: Any
 
 
 def test_there_are_enough_of_them() -> None:
-    assert len(POISON) >= 25
+    assert len(POISON) >= 25 and not POISON.keys() & NO_POISON.keys()
+
+
+_SPEAKING = ("diagnosis", "examination", "treatment")  # modules beside data/ that make findings
+
+
+def test_every_finding_is_proved_somewhere() -> None:
+    """Each id that the program can say stands in a test, so that no fault is without one."""
+    package = Path(medcot.__file__).parent
+    files = [*(package / "data").rglob("*.py"), *(package / f"{name}.py" for name in _SPEAKING)]
+    source = "".join(path.read_text("utf-8") for path in files)
+    said = {*FAULTS, *quality._FAULTS, *re.findall(r'(?:Finding|_say|_report)\(\s*(?:id=)?"([a-z_]+)"', source)}
+    said |= {UNREADABLE, "duplicates_exact", "duplicates_normalised", "duplicates_near"}
+    assert {"survival_unchecked", "over_length", "forged_tags", "identifiers", "template_drops_reasoning"} <= said
+    tests = "".join(path.read_text("utf-8") for path in Path(__file__).parents[1].rglob("test_*.py"))
+    assert {name for name in said if f'"{name}"' not in tests} == set()
+
+
+# The whole job --------------------------------------------------------------------------------------------------------
+
+
+def train(recipe: Path, folder: Path, data: bytes, *overrides: str) -> tuple[int, dict[str, Any], str]:
+    """Exit code of ``medcot run``, its run.json, and what it printed to either stream."""
+    path = folder / "rows.jsonl"
+    path.write_bytes(data)
+    arguments = ["run", str(recipe), f"data={path}", "train.max_steps=1", *overrides]
+    result = CliRunner().invoke(cli.app, [*arguments, "--out", str(folder / "run")])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    return result.exit_code, json.loads((folder / "run" / "run.json").read_text()), result.output
+
+
+def find(facts: dict[str, Any], name: str) -> dict[str, Any]:
+    (finding,) = [finding for finding in facts["data"]["doctor"]["findings"] if finding["id"] == name]
+    return finding
+
+
+def test_a_run_leaves_out_copies_and_leaks_and_masks_identifiers(recipe_file: Path, tmp_path: Path) -> None:
+    leak, named = GOOD_ROWS[2], {**GOOD_ROWS[3], RESPONSE: f"{GOOD_ROWS[3][RESPONSE]} Call 617-555-0142."}
+    benchmark = tmp_path / "bench.jsonl"
+    benchmark.write_bytes(as_lines([{"question": leak[QUESTION], "answer": _name(leak)}]))
+    data = as_lines([*GOOD_ROWS[:3], named, *GOOD_ROWS[4:], FIRST, FIRST, SECOND])
+    overrides = (f"data.against=[{benchmark}]", "data.identifiers=mask")
+    exit_code, facts, output = train(recipe_file, tmp_path, data, *overrides)
+    assert exit_code == 0, output
+    assert facts["status"] == "complete" and facts["data"]["doctor"]["verdict"] == "yellow"
+    counts = json.loads((tmp_path / "run" / "data" / "report.json").read_text())["counts"]
+    done = {"removed_contaminated": 1, "removed_duplicates": 3, "masked_rows": 1}
+    assert counts.items() >= {"raw_rows": NUM + 3, "unreadable": 0, **done, "rows": NUM - 1}.items()
+    assert facts["data"]["train"]["rows"] == NUM - 1
+    for name, count in {"contamination_confirmed": 1, "duplicates_exact": 3, "identifiers": 1}.items():
+        assert (find(facts, name)["severity"], find(facts, name)["count"]) == ("yellow", count), name
+        assert re.search("left out|masked", find(facts, name)["says"]), name
+
+
+RED = as_lines([{**row, REASONING: ""} for row in GOOD_ROWS[:2]] + GOOD_ROWS[2:])
+
+
+def test_red_stops_a_run_before_its_first_step(recipe_file: Path, tmp_path: Path) -> None:
+    exit_code, facts, output = train(recipe_file, tmp_path, RED)
+    assert exit_code == 1
+    assert "no_reasoning: 2 of 24 rows" in output and "data.accept=[no_reasoning]" in output
+    assert facts["status"] == "failed" and facts["data"]["doctor"]["verdict"] == "red"
+    run = tmp_path / "run"
+    assert (run / "data" / "report.html").stat().st_size and not (run / "adapter").exists()
+    assert not (run / "metrics.jsonl").exists() or "loss" not in (run / "metrics.jsonl").read_text()
+
+
+def test_red_that_is_accepted_does_not(recipe_file: Path, tmp_path: Path) -> None:
+    exit_code, facts, output = train(recipe_file, tmp_path, RED, "data.accept=[no_reasoning]")
+    assert exit_code == 0, output
+    assert find(facts, "no_reasoning")["severity"] == "red" and facts["data"]["train"]["rows"] == NUM - 2
+    aside = [json.loads(line) for line in (tmp_path / "run" / "data" / "quarantine.jsonl").read_text().splitlines()]
+    assert [item["row_number"] for item in aside] == [1, 2] and set(aside[0]) == {"row_number", "reason", "row"}

@@ -62,7 +62,7 @@ def build_context(report: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": words.judge_data(report),
         "tally": [(word, sum(f.severity == word for f in findings)) for word in ORDER],
         "findings": findings,
-        "open_ids": [id(finding) for finding in findings if _is_open(finding)][:MAX_OPEN],
+        "open_places": [place for place, finding in enumerate(findings) if _is_open(finding)][:MAX_OPEN],
         "charts": [chart for chart in charts if chart is not None],
         "lengths_chart": data_charts.draw_lengths(lengths),
         "lengths_says": [f.says for f in findings if f.id in ("lengths", "over_length")],

@@ -65,7 +65,16 @@ class Folder:
     before: list[Sample]
     after: list[Sample]
     quarantine_reasons: list[tuple[str, int]]  # reason, rows; most frequent first
+    doctor: dict[str, Any] = field(default_factory=dict)  # data/report.json, or what run.json keeps of it
+    data_page: str | None = None  # data/report.html as seen from the run folder, if there
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """Lineage of each training source, from the data report, else from run.json."""
+        train = (self.facts.get("data") or {}).get("train") or {}
+        sources = self.doctor.get("sources") or train.get("sources") or []
+        return [source for source in sources if isinstance(source, dict)]
 
     def pairs(self, kind: str) -> list[Pair]:
         """Return the questions of one kind, before and after side by side, in the order they were asked."""
@@ -95,8 +104,26 @@ def read_folder(run: Run) -> Folder:
         before=[_build_sample(line) for line in _read_lines(run.samples / "before.jsonl", notes)],
         after=[_build_sample(line) for line in _read_lines(run.samples / "after.jsonl", notes)],
         quarantine_reasons=reasons.most_common(),
+        doctor=_read_doctor(run, facts, recipe, notes),
+        data_page=f"{run.data.name}/report.html" if (run.data / "report.html").is_file() else None,
         notes=notes,
     )
+
+
+def _read_doctor(run: Run, facts: dict[str, Any], recipe: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    path = run.data / "report.json"
+    if path.is_file():
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            notes.append(f"data/{path.name} is not JSON: {error}")
+        else:
+            if isinstance(report, dict):
+                return report
+            notes.append(f"data/{path.name} holds a {type(report).__name__}, no report.")
+    kept = (facts.get("data") or {}).get("doctor")
+    accepted = (recipe.get("data") or {}).get("accept") or []
+    return {"accepted": accepted, **kept} if isinstance(kept, dict) else {}
 
 
 def _read_facts(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from typing import Any
 from medcot.evaluate.style import measure_style
 from medcot.records import Run
 from medcot.report import charts, words
+from medcot.report.findings import build_findings
 from medcot.report.folder import Folder, Pair, Sample, read_folder
+from medcot.report.lineage import build_lineage
 
 MAX_FOLDED = 250  # graded questions a group shows; the page says how many more there are and where
 MAX_REASONS = 20
@@ -46,18 +48,23 @@ def render_report(run: Run) -> Path:
     Raises:
         DataError: the folder has no readable ``run.json``.
     """
-    from markupsafe import Markup  # not at the top: only drawing needs it
-
-    folder = read_folder(run)
-    css = (resources.files("medcot.report") / "page.css").read_text(encoding="utf-8")
-    environment = make_environment(autoescape=True)
-    environment.globals.update(css=Markup(css), safe_svg=Markup)  # our own files and drawings, and nothing else
-    page = environment.get_template("page.html.j2").render(build_context(folder, run.folder.name))
+    page = draw_page("page.html.j2", build_context(read_folder(run), run.folder.name))
     partial = run.report.with_suffix(".html.partial")
     # A lone surrogate, which JSON can carry and UTF-8 cannot, becomes a character reference and shows as U+FFFD.
     partial.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     os.replace(partial, run.report)
     return run.report
+
+
+def draw_page(template: str, context: Mapping[str, Any], *, finalize: Callable[[Any], Any] | None = None) -> str:
+    """Return a page of this package, its style sheet inside; ``finalize`` sees each value before it is escaped."""
+    from markupsafe import Markup  # not at the top: only drawing needs it
+
+    css = (resources.files("medcot.report") / "page.css").read_text(encoding="utf-8")
+    environment = make_environment(autoescape=True, finalize=finalize)
+    environment.globals.update(css=Markup(css), safe_svg=Markup)  # our own files and drawings, and nothing else
+    page: str = environment.get_template(template).render(context)
+    return page
 
 
 def build_context(folder: Folder, folder_name: str) -> dict[str, Any]:
@@ -81,7 +88,9 @@ def build_context(folder: Folder, folder_name: str) -> dict[str, Any]:
         "topics": build_topics(sides),
         "training_charts": charts.draw_training(folder.metrics),
         "setup": build_setup(folder),
-        "data": {name: part for name, part in (facts.get("data") or {}).items() if isinstance(part, dict)},
+        "data": {name: part for name, part in _data_parts(facts).items() if name != "doctor"},
+        "doctor": build_doctor(folder),
+        "lineage": build_lineage(folder.sources),
         "reasons": folder.quarantine_reasons[:MAX_REASONS],
         "num_more_reasons": max(0, len(folder.quarantine_reasons) - MAX_REASONS),
         "style_columns": build_style(folder, sides),
@@ -93,6 +102,21 @@ def build_context(folder: Folder, folder_name: str) -> dict[str, Any]:
         "timing": build_timing(facts.get("timing") or {}),
         "recipe_text": folder.recipe_text,
         "intended_use": INTENDED_USE,
+    }
+
+
+def _data_parts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: part for name, part in (facts.get("data") or {}).items() if isinstance(part, dict)}
+
+
+def build_doctor(folder: Folder) -> dict[str, Any] | None:
+    """Return the data doctor's verdict and what it asks to be looked at; ``None`` where it was not asked."""
+    if not folder.doctor:
+        return None
+    return {
+        "verdict": words.judge_data(folder.doctor),
+        "findings": [finding for finding in build_findings(folder.doctor) if finding.is_grave],
+        "page": folder.data_page,
     }
 
 
@@ -220,13 +244,14 @@ def _odd_metrics(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{odd} logging step(s) have a loss that is not a finite number; the chart leaves them out."] if odd else []
 
 
-def make_environment(*, autoescape: bool) -> Any:
+def make_environment(*, autoescape: bool, finalize: Callable[[Any], Any] | None = None) -> Any:
     """Return the Jinja environment of this package: strict about names, with the filters of ``words``."""
     import jinja2  # not at the top: only drawing needs it
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("medcot.report", "."),
         autoescape=autoescape,
+        finalize=finalize,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -29,6 +29,7 @@ class SourceData:
         held_out: those whose loss is only watched.
         quarantined: those that could not be read.
         sentences: what each column became, and what was noticed.
+        licence: what the source says of it, where it does.
     """
 
     origin: Origin
@@ -39,6 +40,7 @@ class SourceData:
     held_out: list[Example] = field(default_factory=list)
     quarantined: list[Quarantined] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
+    licence: str | None = None
 
     @property
     def name(self) -> str:
@@ -53,6 +55,7 @@ class SourceData:
             "split": self.origin.split,
             "revision": self.revision,
             "sha256": self.sha256,
+            "licence": self.licence,
             "raw_rows": self.num_rows,
             "unreadable": len(self.quarantined),
             "removed": self.num_rows - len(self.quarantined) - len(self.examples) - len(self.held_out),

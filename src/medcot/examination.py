@@ -22,6 +22,7 @@ from medcot.data import columns
 from medcot.data.duplicates import number_rows
 from medcot.data.findings import MOST_ROWS, Chunk, Finding, Reader, Severity
 from medcot.data.lengths import Lengths, describe_lengths
+from medcot.data.licences import find_licence
 from medcot.data.pieces import SourcePieces
 from medcot.data.plans import Purpose
 from medcot.data.scan import Progress, scan
@@ -116,7 +117,7 @@ def judge_tokens(
     if not examples:
         return []
     whole = encode_whole(examples, recipe, tokenizer)
-    findings = weigh_lengths(whole.rows, recipe, tokenizer, num_rows)
+    findings = weigh_lengths(whole.rows, recipe, tokenizer, num_rows) if whole.rows else []
     if whole.quarantined:
         findings.append(_refused(whole.quarantined, len(examples)))
     by_id = {example.id: example for example in examples}
@@ -202,6 +203,7 @@ def examine_source(
     if not figures.num_examples:
         raise columns.refuse_all(source, figures.num_rows, next(iter(figures.counts.reasons), "it is empty"))
     lineage = {**{k: v for k, v in where.items() if k != "token"}, "source": source, "sha256": pieces.figures.sha256}
+    lineage["licence"] = find_licence(stream.source, revision=stream.revision, token=where["token"])
     lineage |= {"raw_rows": figures.num_rows, "unreadable": figures.num_rows - figures.num_examples}
     sentences = [f"{note}." for note in pieces.figures.notes] + plan.say(figures.counts)
     counts = {"raw_rows": figures.num_rows, "unreadable": lineage["unreadable"], "examples": figures.num_examples}

@@ -17,6 +17,7 @@ class AnswerKind(StrEnum):
     """What a gold answer is, and so how it is graded."""
 
     LETTER = "letter"
+    YESNO = "yesno"  # yes, no or maybe
     NUMBER = "number"  # a number with its unit, if it has one
     TEXT = "text"
 
@@ -39,6 +40,19 @@ class Finish(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Allowance:
+    """In what an answer may differ from gold and still be right.
+
+    ``limits`` are the smallest and the largest right number, both included, as decimal text that no float has rounded;
+    ``aliases`` are other right texts; ``any_unit`` says that gold's data set states no unit, so that none is judged.
+    """
+
+    limits: tuple[str, str] | None = None
+    aliases: tuple[str, ...] = ()
+    any_unit: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """One medical problem; ``reasoning`` and ``response`` are what a model is trained to write."""
 
@@ -51,6 +65,7 @@ class Example:
     gold: str | None = None
     answer_kind: AnswerKind | None = None
     topic: str | None = None  # a clinic family or a benchmark's subject; reports count by it
+    allowance: Allowance | None = None  # None: only gold itself is right
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from medcot import clinic, prompt
 from medcot.accounts import RawData, SourceData, TrainingData
 from medcot.data import checks, columns, sources
+from medcot.data.licences import BUILT_IN, find_licence
 from medcot.data.mixtures import Share, draw_rows, plan_mixture
 from medcot.data.splits import Side, Split, check_sides
 from medcot.errors import DataError, RecipeError, did_you_mean
@@ -104,7 +105,7 @@ def _read_source(origin: Origin) -> SourceData:
     name, count = sources.parse_slice(source)
     if name == CLINIC:
         examples = clinic.generate(CLINIC_ROWS if count is None else count, split="train", seed=CLINIC_SEED)
-        return SourceData(origin, _digest(examples), None, len(examples), examples)
+        return SourceData(origin, _digest(examples), None, len(examples), examples, licence=BUILT_IN)
     secret = find_secret(SecretName.HUGGING_FACE)
     table = sources.load_rows(
         source,
@@ -117,6 +118,7 @@ def _read_source(origin: Origin) -> SourceData:
     return SourceData(
         origin, table.sha256, table.revision, len(table.rows), built.examples,
         quarantined=list(built.quarantined), sentences=list(built.sentences),
+        licence=find_licence(name, revision=table.revision, token=secret.value if secret else None),
     )  # fmt: skip
 
 
@@ -205,11 +207,7 @@ def encode_examples(raw: RawData, recipe: Recipe, tokenizer: PreTrainedTokenizer
 
 
 def encode_whole(examples: Sequence[Example], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> checks.Encoded:
-    """Turn examples into rows of any length: nothing is dropped or shortened.
-
-    Raises:
-        DataError: no example can be encoded.
-    """
+    """Turn examples into rows of any length: nothing is dropped or shortened, and there may be none to encode."""
     return _encode_all(examples, recipe, tokenizer, max_tokens=NO_LIMIT)
 
 
@@ -228,6 +226,7 @@ def _encode_all(
         over_length=recipe.data.over_length.value,
         truncate=functools.partial(_shorten, **options),
         num_proc=recipe.data.num_proc,
+        may_be_empty=max_tokens is not None,
     )
 
 

@@ -184,7 +184,16 @@ def _shared_with_validation(raw: RawData) -> list[Finding]:
 def _run_checks(
     found: Sequence[Check], examples: Sequence[Example], quarantined: Sequence[Quarantined]
 ) -> list[Finding]:
-    """Look at examples in memory as one chunk: they come first, rows set aside behind them."""
+    """Look at examples in memory as one chunk: they come first, rows set aside behind them, which keep their names."""
     aside = [dataclasses.replace(item, row_number=number) for number, item in enumerate(quarantined, len(examples) + 1)]
+    names = {f"row {new.row_number}": f"row {old.row_number}" for new, old in zip(aside, quarantined, strict=True)}
     chunk = Chunk(1, len(examples) + len(aside), examples, aside)
-    return [finding for check in found for finding in check.reduce([check.map(chunk)], InMemory(examples))]
+    findings = [finding for check in found for finding in check.reduce([check.map(chunk)], InMemory(examples))]
+    return [
+        dataclasses.replace(
+            finding,
+            rows=tuple(names.get(row, row) for row in finding.rows),
+            evidence=tuple(dataclasses.replace(seen, row=names.get(seen.row, seen.row)) for seen in finding.evidence),
+        )
+        for finding in findings
+    ]

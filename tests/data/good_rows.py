@@ -66,8 +66,8 @@ enzymes of haem|lead poisoning|chelation with succimer
 GOOD_ROWS = [
     {
         "Question": f"{case}. What is it, and what helps?",
-        "Complex_CoT": f"These findings point to {cause}. Nothing else explains all of them, so it is {name}, for which "
-        f"one gives {cure}.",
+        "Complex_CoT": f"These findings point to {cause}. Nothing else explains all of them, so it is {name}, for "
+        f"which one gives {cure}.",
         "Response": f"It is {name}; the treatment is {cure}.",
     }
     for case, cause, name, cure in (line.split("|") for line in _CASES.strip().splitlines())

@@ -123,6 +123,13 @@ def test_workers_give_what_one_process_gives(monkeypatch: pytest.MonkeyPatch) ->
         )
 
 
+def test_no_row_left_is_an_error_unless_that_is_fine() -> None:
+    with pytest.raises(DataError, match="No row is left of 2"):
+        encode_rows(EXAMPLES[:2], encode, max_tokens=1, over_length="drop", truncate=truncate)
+    encoded = encode_rows(EXAMPLES[:2], encode, max_tokens=1, over_length="drop", truncate=truncate, may_be_empty=True)
+    assert encoded.rows == [] and encoded.num_dropped == len(encoded.quarantined) == 2
+
+
 def test_few_examples_start_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "map_in_children", None)
     encoded = encode_rows(EXAMPLES, encode, max_tokens=10, over_length="drop", truncate=truncate, num_proc=8)

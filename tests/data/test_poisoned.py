@@ -24,7 +24,7 @@ from good_rows import GOOD_ROWS
 from typer.testing import CliRunner
 
 import medcot
-from medcot import cli
+from medcot import admission, cli
 from medcot.data import quality
 from medcot.data.faults import FAULTS
 from medcot.diagnosis import UNREADABLE
@@ -122,9 +122,9 @@ QUOTED = {
 }
 
 
-def _add_long(megabytes: int) -> bytes:
+def _add_long(megabytes: float) -> bytes:
     """One row more, its reasoning so long, and no stretch in it twice."""
-    text = " ".join(f"{n * 7919 % 999_983} beats after {n}," for n in range(45_000 * megabytes))
+    text = " ".join(f"{n * 7919 % 999_983} beats after {n}," for n in range(round(45_000 * megabytes)))
     question = "A child coughs. How fast is the heart?"
     return add({QUESTION: question, REASONING: f"{text} so it is croup.", RESPONSE: "Croup."})
 
@@ -220,7 +220,7 @@ POISON = {
     "all rows over the limit": Poison(
         as_lines(GOOD_ROWS), yellow={"over_length": NUM}, recipe={"model": {"max_seq_length": 128}}, says="dropped"
     ),
-    "one row of a megabyte": Poison(lambda: _add_long(1), yellow={"over_length": 1}, rows=NUM + 1),
+    "one row far too long": Poison(lambda: _add_long(0.3), yellow={"over_length": 1}, rows=NUM + 1),
     # Copies and leaks
     "exact duplicates": Poison(add(FIRST, FIRST, SECOND), yellow={"duplicates_exact": 3}, rows=NUM + 3),
     "duplicates but for case and signs": Poison(
@@ -390,8 +390,16 @@ def examine(poison: Poison, recipe: Path, folder: Path) -> tuple[int, dict[str, 
     return result.exit_code, json.loads(result.stdout), json.loads(report.read_text()) if report.exists() else None
 
 
+# Sets whose page is drawn too: the plain one, and those whose texts might break a page.
+_DRAWN = ("nothing wrong", "text from right to left", "NUL characters", "half a character", "HTML")
+
+
 @pytest.mark.parametrize("name", [*NO_POISON, *POISON])
-def test_each_poison_yields_its_own_finding_and_no_other(name: str, recipes: Any, tmp_path: Path) -> None:
+def test_each_poison_yields_its_own_finding_and_no_other(
+    name: str, recipes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name not in _DRAWN:  # a page takes longer than all the rest of a case
+        monkeypatch.setattr(admission, "render_data_page", lambda report: "")
     check({**NO_POISON, **POISON}[name], recipes, tmp_path)
 
 
@@ -415,6 +423,7 @@ def check(poison: Poison, recipes: Callable[[Mapping[str, Any]], Path], tmp_path
             assert len(finding["rows"]) == min(20, finding["count"])
     worst = said["findings"][0]
     assert re.search(poison.says, f"{worst['says']} {worst['fix']}", re.DOTALL), worst
+    assert (tmp_path / "out" / "report.html").exists()
     if exit_code != 2:
         assert report is not None
         counts = report["counts"]
@@ -485,6 +494,7 @@ def test_red_stops_a_run_before_its_first_step(recipe_file: Path, tmp_path: Path
     assert exit_code == 1
     assert "no_reasoning: 2 of 24 rows" in output and "data.accept=[no_reasoning]" in output
     assert facts["status"] == "failed" and facts["data"]["doctor"]["verdict"] == "red"
+    assert find(facts, "no_reasoning")["rows"] == ["row 1", "row 2"]
     run = tmp_path / "run"
     assert (run / "data" / "report.html").stat().st_size and not (run / "adapter").exists()
     assert not (run / "metrics.jsonl").exists() or "loss" not in (run / "metrics.jsonl").read_text()

@@ -3,7 +3,8 @@
 import pytest
 
 from medcot.errors import DataError
-from medcot.evaluate.grading import grade, normalise_unit, parse_final_answer
+from medcot.evaluate.grading import grade, parse_final_answer
+from medcot.evaluate.units import normalise_unit
 from medcot.records import AnswerKind, Completion, Example, Finish, Outcome
 
 LETTER, NUMBER, TEXT = AnswerKind.LETTER, AnswerKind.NUMBER, AnswerKind.TEXT

@@ -7,7 +7,16 @@ import sys
 import pytest
 
 from medcot.errors import DataError
-from medcot.evaluate.stats import count_flips, mcnemar_exact, wilson
+from medcot.evaluate.stats import (
+    Verdict,
+    adjust_holm,
+    count_flips,
+    decide,
+    mcnemar_exact,
+    mcnemar_p_values,
+    tango,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +95,95 @@ def test_unpaired_verdicts_are_an_error():
 
 def test_flips_are_counted_by_direction():
     assert count_flips(*verdicts(7, 2)) == (7, 2)
+
+
+def test_mcnemar_of_published_tables():
+    # R package contingencytables 3.0, its own tests: complete response before and after consolidation (Cavo 2012).
+    assert mcnemar_p_values(6, 16) == pytest.approx(0.052479, abs=5e-7)
+    many = mcnemar_p_values([0, 0, 9, 16], [0, 5, 1, 6])
+    assert many == pytest.approx([1.0, 0.0625, 2 * 11 / 1024, 0.052479], abs=5e-7)
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "n", "confidence", "low", "high", "digits"),
+    [
+        # R package contingencytables 3.0, its own tests (Cavo 2012: 59, 6, 16, 80)
+        (6, 16, 161, 0.95, -0.1240, -0.0054, 4),
+        # R package ratesci, pairbinci's example, and Fagerland, Lydersen and Laake 2014, table VI (Bentur 2009)
+        (1, 7, 21, 0.95, -0.517, -0.026, 3),
+        # R package PropCIs 0.3, scoreci.mp(25, 28, 618, conf.level = 0.90)
+        (28, 25, 618, 0.90, -0.0148, 0.0247, 4),
+    ],
+)
+def test_tango_gives_published_intervals(gained, lost, n, confidence, low, high, digits):
+    assert tango(gained, lost, n, confidence) == pytest.approx((low, high), abs=0.5 * 10**-digits)
+
+
+@pytest.mark.parametrize(("gained", "lost", "n"), [(0, 0, 60), (3, 0, 60), (12, 30, 200), (0, 1, 2), (7, 7, 14)])
+def test_tango_ends_solve_the_score_equation_by_brute_force(gained, lost, n):
+    # The definition, with the constrained likelihood's maximum searched for instead of solved for.
+    z = 1.959963984540054
+    for end in tango(gained, lost, n):
+        shares = [min(1, max(0, -end)) + i / 200_000 for i in range(200_001)]  # of losses; gains are that plus end
+        shares = [q for q in shares if q + end >= 0 and 2 * q + end <= 1]
+
+        def fit(q, end=end):
+            cells = ((gained, q + end), (lost, q), (n - gained - lost, 1 - 2 * q - end))
+            return sum(k * math.log(p) if p > 0 else -math.inf for k, p in cells if k)
+
+        best = max(shares, key=fit)
+        spread = math.sqrt((2 * best + end - end * end) / n)
+        assert abs((gained - lost) / n - end) == pytest.approx(z * spread, rel=2e-3)
+
+
+def test_tango_at_the_edges():
+    low, high = tango(0, 0, 100)  # nothing flipped: z² / (n + z²) on both sides
+    assert (low, high) == pytest.approx((-0.036995, 0.036995), abs=1e-6)
+    assert tango(20, 0, 20)[1] == 1.0 and tango(0, 20, 20)[0] == -1.0
+    assert tango(0, 0, 0) == (-1.0, 1.0)
+    assert tango(5, 9, 50) == pytest.approx(tuple(-end for end in reversed(tango(9, 5, 50))))
+
+
+@pytest.mark.parametrize("counts", [(-1, 0, 5), (0, -1, 5), (3, 3, 5)])
+def test_tango_refuses_impossible_counts(counts):
+    with pytest.raises(DataError):
+        tango(*counts)
+    with pytest.raises(DataError):
+        tango(1, 1, 5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("p_values", "adjusted"),
+    [  # statsmodels 0.15.0, multipletests(..., method="holm"); the second list is Benjamini and Hochberg's (1995)
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),
+        (
+            [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344, 0.0459, 0.324, 0.4262, 0.5719, 1.0],
+            None,
+        ),
+        ([0.04, 0.04, 0.5, 0.02], [0.12, 0.12, 0.5, 0.08]),
+        ([], []),
+        ([0.04], [0.04]),
+    ],
+)
+def test_holm_gives_what_statsmodels_gives(p_values, adjusted):
+    got = adjust_holm(p_values)
+    if adjusted is None:
+        adjusted = [0.0013, 0.0048, 0.0209, 0.095, 0.1809, 0.2224, 0.2224, 0.2224, 0.2295, 1.0, 1.0, 1.0, 1.0]
+    assert got == pytest.approx(adjusted, abs=1e-12)
+
+
+def test_holm_refuses_what_is_no_p_value():
+    with pytest.raises(DataError, match=r"1\.2"):
+        adjust_holm([0.5, 1.2])
+
+
+def test_the_verdict_needs_both_a_p_value_and_a_direction():
+    assert decide(0.03, 0.05) is Verdict.BETTER
+    assert decide(-0.03, 0.05) is Verdict.WORSE
+    assert decide(0.03, 0.0501) is Verdict.NO_CHANGE
+    assert decide(0.03, 0.05, alpha=0.01) is Verdict.NO_CHANGE
+    assert decide(0.0, 0.01) is Verdict.NO_CHANGE
+    assert [str(verdict) for verdict in Verdict] == ["better", "worse", "no detectable change"]
 
 
 def test_importing_evaluation_loads_neither_torch_nor_scipy():

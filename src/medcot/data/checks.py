@@ -74,6 +74,7 @@ def encode_rows(
     over_length: str,
     truncate: Callable[[Example, int], Row],
     num_proc: int = 1,
+    may_be_empty: bool = False,
 ) -> Encoded:
     """Encode all examples in order and apply the policy for rows over the limit.
 
@@ -85,9 +86,10 @@ def encode_rows(
         truncate: makes a row of at most so many tokens; raises ``DataError`` where question and answer exceed them.
         num_proc: worker processes, started for ``FEWEST_CHARACTERS_FOR_WORKERS`` or more; both callables must then be
             picklable.
+        may_be_empty: whether it is fine that no row is left.
 
     Raises:
-        DataError: a row is over the limit and the policy is ``"error"``; or no row is left.
+        DataError: a row is over the limit and the policy is ``"error"``; or no row is left and one must be.
     """
     if over_length not in POLICIES:
         raise DataError(
@@ -100,7 +102,10 @@ def encode_rows(
         verdicts = _judge_in_workers(examples, job, num_proc)
     if over_length == "error":
         _refuse_long(examples, verdicts, max_tokens)
-    return _collect(examples, verdicts, max_tokens)
+    encoded = _collect(examples, verdicts, max_tokens)
+    if not encoded.rows and not may_be_empty:
+        raise _refuse_empty(encoded, verdicts, max_tokens)
+    return encoded
 
 
 def save_quarantine(path: Path, items: Iterable[Quarantined]) -> None:
@@ -178,14 +183,6 @@ def _collect(examples: Sequence[Example], verdicts: Sequence[Verdict], max_token
         num_dropped += over
         number = find_row_number(example.id) or position
         quarantined.append(Quarantined(number, verdict.reason, _as_row(example)))
-    if not rows:
-        shortest = min((verdict.num_tokens for verdict in verdicts if verdict.num_tokens), default=0)
-        first = quarantined[0].reason if quarantined else "none was given"
-        raise DataError(
-            f"No row is left of {len(examples):,}; the first: {first}",
-            f"Training needs rows of at most {max_tokens:,} tokens",
-            f"Set model.max_seq_length to at least {shortest}" if shortest > max_tokens else "Check the data",
-        )
     return Encoded(
         rows,
         quarantined,
@@ -195,6 +192,16 @@ def _collect(examples: Sequence[Example], verdicts: Sequence[Verdict], max_token
         num_truncated=num_over - num_dropped,
         num_tokens=sum(row.num_tokens for row in rows),
         num_trained_tokens=sum(row.num_trained_tokens for row in rows),
+    )
+
+
+def _refuse_empty(encoded: Encoded, verdicts: Sequence[Verdict], max_tokens: int) -> DataError:
+    shortest = min((verdict.num_tokens for verdict in verdicts if verdict.num_tokens), default=0)
+    first = encoded.quarantined[0].reason if encoded.quarantined else "none was given"
+    return DataError(
+        f"No row is left of {len(verdicts):,}; the first: {first}",
+        f"Training needs rows of at most {max_tokens:,} tokens",
+        f"Set model.max_seq_length to at least {shortest}" if shortest > max_tokens else "Check the data",
     )
 
 

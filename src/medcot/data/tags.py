@@ -6,8 +6,9 @@ an answer through the template, so that is for the record; for a trainer that re
 
 ``ForgedTags`` looks for user text that would open or close a thinking block or forge a turn. A row with a stray tag is
 set aside when it is read, and ``prompt.encode_row`` refuses the rest on token ids; but a data set that holds such rows
-was scraped from model outputs with their markup, or made to attack, and its owner must know. A marker in other clothes (full-width letters, zero-width characters inside)
-is red only if this tokenizer's own normaliser undresses it; otherwise it stays harmless text, and is reported yellow.
+was scraped from model outputs with their markup, or made to attack, and its owner must know. A marker in other clothes
+(full-width letters, zero-width characters inside) is red only if this tokenizer's own normaliser undresses it;
+otherwise it stays harmless text, and is reported yellow.
 """
 
 from __future__ import annotations

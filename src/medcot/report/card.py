@@ -17,7 +17,9 @@ import yaml
 
 from medcot.records import Run
 from medcot.report import words
+from medcot.report.findings import build_findings
 from medcot.report.folder import Folder, read_folder
+from medcot.report.lineage import build_lineage, public_name
 from medcot.report.page import INTENDED_USE, build_topics, make_environment
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -46,7 +48,7 @@ def render_card(run: Run) -> str:
     facts = folder.facts
     evaluation = facts.get("eval") or {}
     sides = {name: evaluation[name] for name in ("before", "after") if evaluation.get(name)}
-    source = _public_name((facts.get("model") or {}).get("source"))
+    source = public_name((facts.get("model") or {}).get("source") or "an unnamed model")
     prompt = next((sample.prompt for sample in [*folder.after, *folder.before] if sample.prompt), "").rstrip("\n")
     environment = make_environment(autoescape=False)
     environment.filters.update(md=escape_markdown, code=_as_code)
@@ -62,6 +64,9 @@ def render_card(run: Run) -> str:
         test_words=_test_words(evaluation) if len(sides) == 2 else "",
         topics=build_topics(list(sides.items())),
         trained=_trained(folder),
+        data_verdict=words.judge_data(folder.doctor) if folder.doctor else None,
+        findings=build_findings(folder.doctor),
+        lineage=build_lineage(folder.sources),
         loading=_loading_code(source),
         prompt=prompt,
         prompt_here=_PROMPT_HERE,
@@ -88,19 +93,13 @@ def build_front_matter(folder: Folder) -> dict[str, Any]:
 def escape_markdown(value: Any) -> str:
     """Return text that Markdown and HTML leave as it is, on one line: it may come from a file name or an error."""
     text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)
+    return re.sub(r"([\\`*_~$\[\]|])", r"\\\1", text)
 
 
 def _as_code(value: Any) -> str:
     text = " ".join(str(value).split())
     tick = "`" * (1 + max(map(len, re.findall(r"`+", text)), default=0))
     return f"{tick}{text}{tick}" if len(tick) == 1 else f"{tick} {text} {tick}"
-
-
-def _public_name(source: Any) -> str:
-    """Return a model's source as a card may say it: of a path on this machine, which nobody else has, the last part."""
-    text = str(source or "an unnamed model")
-    return Path(text).name if Path(text).is_absolute() else text
 
 
 def _train_source(facts: Mapping[str, Any]) -> str:
@@ -121,8 +120,10 @@ def _is_ours(facts: Mapping[str, Any]) -> bool:
 def _licence_words(folder: Folder) -> str:
     if _is_ours(folder.facts):
         return "Apache-2.0: the base weights are published under it, and the training problems were made by medcot."
+    stated = any(line.licence for line in build_lineage(folder.sources).lines)
+    known = "knows of them what the table of sources quotes" if stated else "does not know them"
     return (
-        "An adapter inherits the terms of its base model and of its training data. medcot does not know them; read"
+        f"An adapter inherits the terms of its base model and of its training data. medcot {known}; read"
         " both, and set `license` in the head of this file, before publishing."
     )
 
@@ -132,7 +133,7 @@ def _trained(folder: Folder) -> list[tuple[str, str]]:
     data, train = (facts.get("data") or {}).get("train") or {}, facts.get("train") or {}
     lora, settings = folder.recipe.get("lora") or {}, folder.recipe.get("train") or {}
     rows = [
-        ("Data", data.get("source") and _public_name(data["source"])),
+        ("Data", data.get("source") and public_name(data["source"])),
         ("Rows", _unless_missing(data.get("rows"), words.count)),
         ("Tokens", _unless_missing(data.get("tokens"), words.count)),
         ("Tokens that carry loss", _unless_missing(data.get("trained_tokens"), words.count)),

@@ -19,6 +19,7 @@ from medcot.report.charts import AFTER, BAD, BEFORE, INK, LINE, MUTED, OPEN, SEC
 _PARTS = {"prompt": BEFORE, "reasoning": AFTER, "answer": SECOND, "row": INK}
 _MOST_TICKS = 8
 _MOST_FINDINGS = 12
+_LEAST_WIDEST = 0.1  # share that fills the chart, so that 2 % alone do not look like all
 
 
 def draw_lengths(figures: Mapping[str, Any]) -> Chart | None:
@@ -38,7 +39,7 @@ def draw_lengths(figures: Mapping[str, Any]) -> Chart | None:
         axes.axhline(place, color=LINE, linewidth=0.8, zorder=0)
     if limit is not None and limit <= edges[-1]:
         at = _place(edges, limit)
-        axes.axvline(at, color=BAD, linewidth=1.2, linestyle=(0, (4, 2)))
+        axes.plot([at, at], [0, len(parts)], color=BAD, linewidth=1.2, linestyle=(0, (4, 2)))
         axes.text(at, len(parts) + 0.02, f"limit {limit:,}", color=BAD, ha="center", va="bottom", fontsize=8)
     axes.set_yticks([place + 0.3 for place in range(len(parts))], [words.label(name) for name in reversed(parts)])
     axes.tick_params(axis="y", labelcolor=INK, labelsize=9)
@@ -113,23 +114,24 @@ def draw_way(counts: Mapping[str, Any]) -> Chart | None:
 
 def draw_findings(findings: Sequence[Mapping[str, Any]], num_rows: int) -> Chart | None:
     """Draw which share of all rows each red and yellow finding concerns; ``None`` where there is none."""
-    shown = [f for f in findings if f.get("severity") in ("red", "yellow") and f.get("count")][:_MOST_FINDINGS]
+    grave = [f for f in findings if f.get("severity") in ("red", "yellow") and f.get("count")]
+    shown = grave[:_MOST_FINDINGS]
     if not shown or num_rows <= 0:
         return None
     figure, axes = new_figure(4.6, 0.35 + 0.3 * len(shown))
     shares = [min(1.0, finding["count"] / num_rows) for finding in shown]
+    widest = max(_LEAST_WIDEST, *shares)
     for place, (finding, share) in enumerate(zip(shown, shares, strict=True)):
-        axes.barh(place, max(share, max(shares) / 300), 0.62, color=BAD if finding["severity"] == "red" else OPEN)
-        text = f"{words.percent(share)}  {'red' if finding['severity'] == 'red' else 'yellow'}"
-        axes.text(share + max(shares) / 60, place, text, va="center_baseline", fontsize=8.5, color=INK)
+        axes.barh(place, max(share, widest / 300), 0.62, color=BAD if finding["severity"] == "red" else OPEN)
+        text = f"{words.percent(share)} · {finding['severity']}"
+        axes.text(share + widest / 60, place, text, va="center_baseline", fontsize=8.5, color=INK)
     # An id is words_with_underscores; what else a foreign report puts there is not drawn.
     names = [words.label(re.sub(r"\W", "", str(finding["id"]), flags=re.ASCII)) for finding in shown]
     axes.set_yticks(range(len(shown)), names)
     axes.tick_params(axis="y", labelcolor=INK, labelsize=8.5)
     axes.set_xticks([])
-    axes.set_xlim(0, max(shares) * 1.3)
+    axes.set_xlim(0, widest * 1.3)
     axes.set_ylim(len(shown) - 0.5, -0.5)
     spoken = "; ".join(f"{name} {words.percent(share)}" for name, share in zip(names, shares, strict=True))
-    red = sum(finding["severity"] == "red" for finding in shown)
-    return Chart("Share of the rows that a finding concerns", f"{red} red, {len(shown) - red} yellow",
-                 to_svg(figure, "findings", spoken))  # fmt: skip
+    reading = "" if len(shown) == len(grave) else f"the first {len(shown)} of {len(grave)}"
+    return Chart("Share of the rows that a finding concerns", reading, to_svg(figure, "findings", spoken))

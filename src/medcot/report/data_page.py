@@ -13,13 +13,13 @@ from typing import Any
 
 from medcot.errors import DataError
 from medcot.report import data_charts, words
-from medcot.report.evidence import clean, make_visible
+from medcot.report.evidence import NAMES, clean, make_visible
 from medcot.report.findings import ORDER, FindingView, build_findings
 from medcot.report.lineage import build_lineage
 from medcot.report.page import draw_page
 
 VERSION = 1  # of data/report.json
-MAX_OPEN = 3  # red findings that are unfolded from the start
+MAX_OPEN = 1  # red findings that are unfolded from the start
 
 LIMITS = (
     "These checks see form, not medicine: a row that passes can still be wrong. Identifiers are masked on this page by"
@@ -71,6 +71,7 @@ def build_context(report: Mapping[str, Any]) -> dict[str, Any]:
         "lineage": lineage,
         "counts": [(words.label(str(key)), _say(value)) for key, value in counts.items()],
         "sentences": [clean(str(sentence)) for sentence in report.get("sentences") or []],
+        "names": NAMES,
         "limits": LIMITS,
     }
 

@@ -21,12 +21,12 @@ from rich.text import Text
 from medcot import __version__
 from medcot.data.scan import Progress as ScanProgress
 from medcot.report import words
-from medcot.report.evidence import Look, Passage, Piece, Shown, clean
+from medcot.report.evidence import NAMES, Look, Passage, Piece, Shown, clean
 from medcot.report.findings import FindingView, build_findings
 from medcot.train.progress import PLAIN_EVERY_S
 
 MAX_SHOWN = 2  # pieces of evidence a finding
-MAX_SPANS = 8
+MAX_SPANS = 10
 
 _ASCII = {
     "\N{MULTIPLICATION X}": "x", "\N{BLACK UP-POINTING TRIANGLE}": "!", "→": "->", "…": "...", "⟦": "[[", "⟧": "]]",
@@ -54,8 +54,11 @@ def print_diagnosis(diagnosed: Mapping[str, Any] | Diagnosed, console: Console) 
         screen.skip()
     for sentence in sentences or ():
         screen.say((clean(str(sentence)), "dim"))
+    was_grave = True
     for finding in build_findings(report):
-        screen.skip()
+        if was_grave:  # those for the record stand together
+            screen.skip()
+        was_grave = finding.is_grave
         _print_finding(finding, screen)
     if counts := _say_counts(report.get("counts") or {}):
         screen.skip()
@@ -158,17 +161,17 @@ def _print_shown(shown: Shown, screen: _Screen) -> None:
         screen.say_line([(shown.row, "cyan")], 4)
     for passage in (*shown.captions, *shown.passages):
         screen.say_line([(f"{passage.label}: ", "dim"), *_begin_near_mark(passage)], 6)
-    for piece in shown.spans[:MAX_SPANS]:
-        name = "reasoning" if piece.look is Look.THINK else str(piece.look)
-        label = f"{name}, {'loss' if piece.has_loss else 'no loss'}: "
+    spans = [piece for piece in shown.spans if piece.text.strip()]
+    for piece in spans[:MAX_SPANS]:
+        label = f"{NAMES.get(piece.look, piece.look)}, {'loss' if piece.has_loss else 'no loss'}: "
         screen.say_line([(label, "dim"), (piece.text.strip(), "green" if piece.has_loss else "dim")], 6)
-    if (more := len(shown.spans) - MAX_SPANS) > 0:
+    if (more := len(spans) - MAX_SPANS) > 0:
         screen.say_line([(f"… and {more} more pieces", "dim")], 6)
 
 
 def _begin_near_mark(passage: Passage) -> Iterator[tuple[str, str]]:
     """Yield the texts of a passage with their styles; what lies far before the first mark is left out."""
-    pieces = list(passage.pieces)
+    pieces = list(passage.pieces) or [Piece("(empty)")]
     if len(pieces) > 1 and pieces[0].look is Look.PLAIN and len(pieces[0].text) > _BEFORE_MARK:
         pieces[0] = Piece("…" + pieces[0].text[-_BEFORE_MARK:])
     for piece in pieces:

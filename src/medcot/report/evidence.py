@@ -24,6 +24,7 @@ from medcot.data.identifiers import find_identifiers, mask_identifiers
 from medcot.prompt import THINK_CLOSE, THINK_OPEN
 
 SHORT = 200  # characters on one line up to which a text needs no box of its own
+MOST_OF_SPAN = {"prompt": 120, "think": 480, "answer": 480}  # characters; so that a row's end is seen beside its start
 
 # What stands about texts rather than for one; survival.py, contamination.py and quality.py write these labels.
 _CAPTIONS = ("what is wrong", "in common", "set aside")
@@ -44,6 +45,16 @@ class Look(StrEnum):
     TAG = "tag"
     ANSWER = "answer"
     EOS = "eos"
+
+
+NAMES = {
+    Look.PROMPT: "prompt",
+    Look.QUESTION: "question",
+    Look.THINK: "reasoning",
+    Look.TAG: "thinking tag",
+    Look.ANSWER: "answer",
+    Look.EOS: "EOS",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +189,13 @@ def _cut_span(match: re.Match[str], text: str) -> Iterator[Piece]:
     look, has_loss = Look(match[2]), match[3] == "loss"
     for is_tag, part in _number(_TAGS.split(text)):
         if part:
-            yield Piece(make_visible(part), Look.TAG if is_tag else look, has_loss)
+            yield Piece(_clip(make_visible(part), match[2]), Look.TAG if is_tag else look, has_loss)
+
+
+def _clip(text: str, look: str) -> str:
+    """Return a span's beginning and end."""
+    half = MOST_OF_SPAN.get(look, len(text)) // 2
+    return text if len(text) <= 2 * half + 1 else f"{text[:half]} […] {text[-half:]}"
 
 
 def _mark_differences(passages: Sequence[Passage]) -> Iterator[Passage]:

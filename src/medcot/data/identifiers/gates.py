@@ -11,7 +11,7 @@ where a shorter question will do; they decide what is run, never what is found.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SHAPES = bytes(

@@ -166,7 +166,8 @@ def describe(runs: int, sizes: Sequence[int]) -> tuple[str, str]:
         f"{format_table(['accuracy', 'questions', 'ours', 'percentile bootstrap'], tabulate_intervals(runs))}"
     )
     result = (
-        f"of {runs:,} comparisons without a change at most {max(false):.1%} are called one; at the printed detectable"
+        f"one seed a question: of {runs:,} comparisons without a change at most {max(false):.1%} are called one; at the"
+        " printed detectable"
         f" effect {min(found):.1%} to {max(found):.1%} are"
     )
     return details, result

@@ -242,3 +242,13 @@ def test_accepted_findings_must_exist():
     rows.check_accepted(["eos_missing"], {"eos_missing", "bos_doubled"})
     with pytest.raises(RecipeError, match=r"data\.accept names 'eos_mising'.*Did you mean 'eos_missing'"):
         rows.check_accepted(["eos_mising"], {"eos_missing", "bos_doubled"})
+
+
+def test_a_giant_is_over_the_limit_without_being_tokenised(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", 3)
+    giant = {"Question": "Why?", "Complex_CoT": "so " * 200_000, "Response": "So."}
+    path.write_text(path.read_text() + json.dumps(giant) + "\n")
+    recipe = make_recipe(source=str(path))
+    data = rows.encode_examples(rows.read_examples(recipe), recipe, tokenizer)
+    assert len(data.rows) == 3 and data.num_over_length == 1
+    assert data.quarantined[0].reason == "600,007 bytes of text; over the limit however it is tokenised"

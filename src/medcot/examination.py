@@ -19,6 +19,7 @@ import numpy as np
 
 from medcot import prompt
 from medcot.data import columns
+from medcot.data.checks import TOO_LARGE
 from medcot.data.duplicates import number_rows
 from medcot.data.findings import MOST_ROWS, Chunk, Finding, Reader, Severity
 from medcot.data.lengths import Lengths, describe_lengths
@@ -118,8 +119,12 @@ def judge_tokens(
         return []
     whole = encode_whole(examples, recipe, tokenizer)
     findings = weigh_lengths(whole.rows, recipe, tokenizer, num_rows) if whole.rows else []
-    if whole.quarantined:
-        findings.append(_refused(whole.quarantined, len(examples)))
+    giants = [item for item in whole.quarantined if item.reason.endswith(TOO_LARGE)]
+    refused = [item for item in whole.quarantined if not item.reason.endswith(TOO_LARGE)]
+    if giants:
+        findings.append(_too_large(giants, len(examples)))
+    if refused:
+        findings.append(_refused(refused, len(examples)))
     by_id = {example.id: example for example in examples}
     limit = recipe.model.max_seq_length
     rows = [row for row in whole.rows if row.num_tokens <= limit]
@@ -154,6 +159,18 @@ def pass_gate(
         note = f" They were drawn from {num_rows:,} by their content; a run looks at all that it trains on."
         found = [dataclasses.replace(f, says=f.says + note) if f.id == "survival" else f for f in found]
     return found + check_template(tokenizer, style)
+
+
+def _too_large(giants: Sequence[Quarantined], num_examples: int) -> Finding:
+    return Finding(
+        "giant_rows",
+        Severity.YELLOW,
+        len(giants),
+        tuple(str(item.row["id"]) for item in giants[:MOST_ROWS]),
+        f"{len(giants):,} of {num_examples:,} rows looked at are so large that they were not tokenised; the first has"
+        f" {giants[0].reason}.",
+        "They are set aside in a run; cut them into rows of their own, or leave them out",
+    )
 
 
 def _refused(quarantined: Sequence[Quarantined], num_examples: int) -> Finding:

@@ -41,6 +41,7 @@ CLINIC = "builtin:clinic"
 CLINIC_ROWS = 2000  # what "builtin:clinic" means without a slice
 CLINIC_SEED = 3407
 NO_LIMIT = 2**62
+GIANT = 32  # characters a token from which a row may be too large to tokenise
 
 
 def check_accepted(accepted: Collection[str], known: Collection[str]) -> None:
@@ -227,7 +228,18 @@ def _encode_all(
         truncate=functools.partial(_shorten, **options),
         num_proc=recipe.data.num_proc,
         may_be_empty=max_tokens is not None,
+        most_bytes=_most_bytes(examples, recipe, tokenizer),
     )
+
+
+def _most_bytes(examples: Sequence[Example], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the bytes of text that a row of the recipe's length can have at most, where it matters and is known."""
+    limit = recipe.model.max_seq_length
+    longest = max((len(e.question) + len(e.reasoning or "") + len(e.response or "") for e in examples), default=0)
+    if longest < GIANT * limit:
+        return None  # finding the bound takes a second for a large vocabulary
+    a_token = prompt.count_most_bytes(tokenizer)
+    return None if a_token is None else a_token * limit
 
 
 def shorten_all(examples: Iterable[Example], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Row]:

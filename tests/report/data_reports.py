@@ -57,7 +57,8 @@ def make_diagnosis(**changes: Any) -> Diagnosis:
     lengths = Lengths(2048, 8)
     for number in range(40):
         tokens = 400 + 50 * number
-        lengths.add(Row(f"rows:{number}", [0] * tokens, [0] * tokens, (5, 40), (50, tokens - 90), (tokens - 90, tokens - 1), (tokens - 1, tokens)))  # fmt: skip  # noqa: E501
+        spans = ((5, 40), (50, tokens - 90), (tokens - 90, tokens - 1), (tokens - 1, tokens))
+        lengths.add(Row(f"rows:{number}", [0] * tokens, [0] * tokens, *spans))
     findings += describe_lengths(lengths, over_length="drop", batch_size=8)
     tally = Tally(num_rows=6)
     tally.add("rows:4", {"eos_lost": "EOS carries no loss"}, lambda: SPANS)
@@ -73,7 +74,8 @@ def make_diagnosis(**changes: Any) -> Diagnosis:
         "raw_rows": 9,
         "unreadable": 1,
     }
-    counts = {"raw_rows": 9, "unreadable": 1, "removed_duplicates": 1, "masked_rows": 0, "held_out": 1, "rows": 4, "tokens": 4321}  # fmt: skip  # noqa: E501
+    removed = {"removed_contaminated": 0, "removed_duplicates": 1, "masked_rows": 0}
+    counts = {"raw_rows": 9, "unreadable": 1, **removed, "held_out": 1, "rows": 4, "tokens": 4321}
     given: dict[str, Any] = {
         "sources": [source],
         "sentences": ["Column 'q' is the question (a name medcot knows)."],

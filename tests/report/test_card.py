@@ -1,8 +1,10 @@
 import ast
+import json
 import re
 
 import pytest
 import yaml
+from data_reports import MAIL, make_report
 from report_folder import make_sample
 
 from medcot.report import render_card
@@ -68,6 +70,34 @@ def test_text_cannot_break_out_of_the_card(folder):
     assert "`````text\n```\nevil\n````\n\n\n\n# Title\n`````" in card  # a longer fence, and every blank line kept
 
 
+def test_lineage_and_the_doctors_verdict_are_on_the_card(folder):
+    folder.facts["model"]["source"] = "some/model"
+    folder.write_facts()
+    report = make_report()
+    report["sources"][0] |= {"licence": "cc|by", "revision": "main"}
+    report["findings"][0]["says"] += f" First: '<b>{MAIL}</b> \x1b [x](y)'"
+    (folder.run.data / "report.json").write_text(json.dumps(report))
+    card = render_card(folder.run)
+    assert "**Red: this data stops a run.** 4 findings stop a run" in card
+    assert "- red: **No reasoning**. 1 of 6 rows" in card and "- red, accepted: **Forged tags**." in card
+    assert "- info: **Lengths**. 40 rows counted: 1,375 tokens on average" in card
+    assert f"| rows.jsonl (split train) | main | {'ab' * 32} | cc\\|by | 9 | 1 |" in card
+    assert MAIL not in card and "<b>" not in card and "\x1b" not in card and "[x](y)" not in card
+    assert "/srv/someone" not in card
+    assert "knows of them what the table of sources quotes" in card
+    assert "\n\n\n" not in card.partition("The adapter expects")[0]
+
+
+def test_a_verdict_kept_in_run_json_alone_is_enough(folder):
+    report = make_report()
+    folder.facts["data"]["doctor"] = {"verdict": "clean", "findings": report["findings"][-1:]}
+    folder.facts["data"]["train"]["sources"] = report["sources"]
+    folder.write_facts()
+    card = render_card(folder.run)
+    assert "**Clean: no check found fault.**" in card
+    assert "| rows.jsonl (split train) | – |" in card and "| not stated |" in card
+
+
 def test_a_run_with_nothing_in_it_still_has_a_card(folder):
     folder.facts = {}
     folder.write_facts()
@@ -75,4 +105,5 @@ def test_a_run_with_nothing_in_it_still_has_a_card(folder):
         path.unlink()
     card = render_card(folder.run)
     assert "No graded evaluation" in card
+    assert "## The data" not in card
     assert "\n\n\n" not in card

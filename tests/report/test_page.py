@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
+from data_reports import MAIL, make_report
 from report_folder import make_sample
 
 from medcot.errors import DataError
@@ -110,6 +111,43 @@ def test_a_folder_with_nothing_but_run_json(folder, facts):
     html = draw(folder)
     assert "No graded evaluation" in html
     assert "<svg" not in html
+
+
+def test_the_data_doctors_verdict_stands_with_the_data(folder):
+    report = make_report(sentences=["never shown here"])
+    folder.facts["data"]["doctor"] = {key: report[key] for key in ("findings", "verdict")}
+    folder.write_facts()
+    folder.run.recipe.write_text("data: {accept: [forged_tags]}")
+    text = plain(draw(folder))
+    assert "Red: this data stops a run" in text and "No reasoning." in text and "Over length." in text
+    assert "Red, but accepted by the recipe: forged_tags." in text
+    assert "Contamination." not in text  # for the record only: the data report has it
+    assert "The data report" not in text and "Where the rows come from" not in text
+    (folder.run.data / "report.json").write_text(json.dumps(report))
+    (folder.run.data / "report.html").write_text("<html>")
+    html = draw(folder)
+    assert '<a href="data/report.html">The data report</a>' in html
+    assert f'title="{"ab" * 32}"' in html and "/srv/someone" not in html
+
+
+def test_text_of_the_data_report_stays_text(folder):
+    report = poison(make_report())
+    for finding in report["findings"]:
+        finding["severity"] = finding["severity"].removesuffix(EVIL)
+        finding["says"] += f"\x1b\u202e {MAIL}"
+    (folder.run.data / "report.json").write_text(json.dumps(report))
+    html = draw(folder)
+    assert "<script" not in html and "<img" not in html
+    assert not set(html) & {"\x1b", "\u202e"} and MAIL not in html
+    assert "alert(1)" in plain(html)
+
+
+@pytest.mark.parametrize(("content", "note"), [("{", "is not JSON"), ("[]", "holds a list")])
+def test_a_data_report_that_cannot_be_read_is_said(folder, content, note):
+    (folder.run.data / "report.json").write_text(content)
+    text = plain(draw(folder))
+    assert f"data/report.json {note}" in text
+    assert "Red:" not in text
 
 
 def test_no_evaluation_still_shows_the_asked_questions(folder):

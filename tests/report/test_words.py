@@ -3,7 +3,7 @@ from report_folder import RunFolder, make_side
 
 from medcot.report import words
 from medcot.report.charts import draw_accuracy, draw_training
-from medcot.report.words import judge
+from medcot.report.words import judge, judge_data
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,29 @@ def test_the_verdict_follows_the_test_and_not_the_bars(before, after, p_value, t
     assert verdict.tone == tone
     assert says in verdict.sentence
     assert ("cannot be told" in verdict.headline or "can be told" in verdict.headline) == (tone == "open")
+
+
+def _finding(name, severity):
+    return {"id": name, "severity": severity}
+
+
+@pytest.mark.parametrize(
+    ("verdict", "findings", "tone", "sentence"),
+    [
+        ("red", [_finding("a", "red")], "worse", "1 finding stops a run before its first step: a. Do what it says under"
+         " each, or accept it by name in data.accept."),
+        ("red", [_finding(n, "red") for n in "abc"] + [_finding("y", "yellow")], "worse", "3 findings stop a run before"
+         " its first step: a, b and c. Do what it says under each, or accept it by name in data.accept. 1 finding is"
+         " for you to judge."),
+        ("yellow", [_finding("y", "yellow"), _finding("z", "yellow"), _finding("ok", "red")], "open", "2 findings are"
+         " for you to judge. Red, but accepted by the recipe: ok."),
+        ("clean", [_finding("i", "info")], "better", "Nothing stops a run or needs your judgement."),
+        (None, [], "none", "There is no verdict of the data doctor's."),
+    ],
+)  # fmt: skip
+def test_the_data_verdict_names_what_stops_a_run(verdict, findings, tone, sentence):
+    said = judge_data({"verdict": verdict, "findings": findings, "accepted": ["ok"]})
+    assert (said.tone, said.sentence) == (tone, sentence)
 
 
 def test_a_running_evaluation_is_not_called_absent():

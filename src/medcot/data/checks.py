@@ -30,6 +30,7 @@ POLICIES = ("drop", "error", "truncate_think")
 # million characters (1,000 rows of medical-o1-reasoning-SFT, DeepSeek's tokenizer; one core of a 2-core AMD EPYC VM).
 FEWEST_CHARACTERS_FOR_WORKERS = 5_000_000
 
+TOO_LARGE = "over the limit however it is tokenised"
 _NUM_LISTED = 5  # rows named in an error message
 _KEPT = ("row_number", "reason", "row")  # of a row set aside, in its file
 
@@ -64,6 +65,7 @@ class _Job:
     encode: Callable[[Example], Row]
     truncate: Callable[[Example, int], Row] | None  # None: rows over the limit are not shortened
     max_tokens: int
+    most_bytes: int | None  # of text that may be within any limit
 
 
 def encode_rows(
@@ -75,6 +77,7 @@ def encode_rows(
     truncate: Callable[[Example, int], Row],
     num_proc: int = 1,
     may_be_empty: bool = False,
+    most_bytes: int | None = None,
 ) -> Encoded:
     """Encode all examples in order and apply the policy for rows over the limit.
 
@@ -87,6 +90,8 @@ def encode_rows(
         num_proc: worker processes, started for ``FEWEST_CHARACTERS_FOR_WORKERS`` or more; both callables must then be
             picklable.
         may_be_empty: whether it is fine that no row is left.
+        most_bytes: text of more bytes of UTF-8 is over the limit whatever its tokens are; it is set aside unread, and
+            never shortened.
 
     Raises:
         DataError: a row is over the limit and the policy is ``"error"``; or no row is left and one must be.
@@ -95,7 +100,7 @@ def encode_rows(
         raise DataError(
             f"over_length is '{over_length}'", "It says what to do with long rows", did_you_mean(over_length, POLICIES)
         )
-    job = _Job(encode, truncate if over_length == "truncate_think" else None, max_tokens)
+    job = _Job(encode, truncate if over_length == "truncate_think" else None, max_tokens, most_bytes)
     if num_proc == 1 or sum(map(_count_characters, examples)) < FEWEST_CHARACTERS_FOR_WORKERS:
         verdicts = [_judge(example, job) for example in examples]
     else:
@@ -138,6 +143,10 @@ def save_quarantine(path: Path, items: Iterable[Quarantined]) -> None:
 
 
 def _judge(example: Example, job: _Job) -> Verdict:
+    if job.most_bytes is not None and _count_characters(example) * 4 > job.most_bytes:
+        num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in _texts(example))
+        if num_bytes > job.most_bytes:
+            return Verdict(None, job.max_tokens + 1, f"{num_bytes:,} bytes of text; {TOO_LARGE}")
     try:
         row = job.encode(example)
     except DataError as error:
@@ -218,7 +227,11 @@ def _plain(value: object) -> str:
 
 
 def _count_characters(example: Example) -> int:
-    return len(example.question) + len(example.reasoning or "") + len(example.response or "")
+    return sum(map(len, _texts(example)))
+
+
+def _texts(example: Example) -> tuple[str, str, str]:
+    return example.question, example.reasoning or "", example.response or ""
 
 
 def _judge_in_workers(examples: Sequence[Example], job: _Job, num_proc: int) -> list[Verdict]:

@@ -11,7 +11,8 @@ wrong. Each pattern is the narrowest that lets pass what the prompt asks for:
 - NUMBER: a decimal number, if it likes times a power of ten (``1.2e5``, ``1.2 × 10^5``), then its unit. Values are
   compared exactly, as decimals, so 85 is 85.0 and 1,200 is 1200; a comma only groups thousands. Where the item has
   limits, both included, any value within them is right. Units are compared by ``normalise_unit``; one that is missing,
-  added or different is wrong, and percent is not a fraction. No range, no "about", no working.
+  added or different is wrong, and percent is not a fraction. No range, no "about", no working. Where the item's data
+  set states no unit, any is right, as long as it is one unit and nothing more ("25 to 30" is not).
 - TEXT: the same as gold or one of its aliases, by the steps of ``phrases``; dates are text too, each accepted way to
   write one an alias.
 """
@@ -44,14 +45,21 @@ _RAISED = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
 # A unit starts with a letter, a sign of its own, or "/min". Anything else ("-90 mL", "/2", ",5 mg") is not a unit, and
 # so what stood before it was not the whole number.
 _UNIT_START = re.compile(r"(?:[^\W\d_]|[%‰°×]|/[ \t]*[^\W\d_])")
+# One unit of whatever name: digits only as an exponent, or behind a slash as in mL/min/1.73 m2.
+_ONE_UNIT = re.compile(
+    r"(?!.*\b(?:to|or|and|than|plus|minus|but|if)\b)"
+    r"(?:[^\W\d_](?:\^?[+-]?[1-4]\b)?|[%‰°²³⁻¹μ·.' \t]|/[ \t]*(?:[0-9]+(?:\.[0-9]+)?\b)?)*",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A number, and its unit as ``normalise_unit`` spells it; ``""`` where it has none."""
+    """A number, its unit as ``normalise_unit`` spells it (``""`` where it has none), and the unit as written."""
 
     value: Decimal
     unit: str
+    written: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +87,9 @@ def judge(answer: str, example: Example) -> Read | None:
     if kind is AnswerKind.NUMBER:
         given, wanted = read_number(answer), read_number(gold)
         assert wanted is not None, "check_gradable read it"
-        return None if given is None else Read(answer, _is_right_number(given, wanted, allowance))
+        if given is None or (allowance.any_unit and not _ONE_UNIT.fullmatch(given.written)):
+            return None
+        return Read(answer, _is_right_number(given, wanted, allowance))
     if not normalise_text(answer):
         return None
     return Read(answer, is_same_phrase(answer, (gold, *allowance.aliases)))
@@ -112,7 +122,7 @@ def read_number(answer: str) -> Quantity | None:
         return None
     exponent = match["exponent"] or match["power"] or (match["raised"] or "0").translate(_RAISED)
     value = Decimal(f"{match['sign']}{match['digits'].replace(',', '')}E{exponent}")
-    return Quantity(value, normalise_unit(match["unit"]))
+    return Quantity(value, normalise_unit(match["unit"]), match["unit"])
 
 
 def read_limits(allowance: Allowance) -> tuple[Decimal, Decimal] | None:

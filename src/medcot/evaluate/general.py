@@ -12,6 +12,7 @@ Nothing in them is about health. Each family words its problems in one way: vari
 from __future__ import annotations
 
 import hashlib
+import itertools
 import string
 from collections.abc import Callable
 from random import Random
@@ -46,8 +47,8 @@ def _shop(rng: Random) -> _Written:
     total = price * count + other_price * other_count
     paid = (total // 20 + 1) * 20
     return _Written(
-        f"A {one} costs {price} dollars and a {other_one} costs {other_price} dollars. {rng.choice(_NAMES)} buys {count} "
-        f"{many} and {other_count} {other_many} and pays with {paid} dollars. How many dollars are given back?",
+        f"A {one} costs {price} dollars and a {other_one} costs {other_price} dollars. {rng.choice(_NAMES)} buys "
+        f"{count} {many} and {other_count} {other_many} and pays with {paid} dollars. How many dollars are given back?",
         str(paid - total),
     )
 
@@ -66,8 +67,8 @@ def _boxes(rng: Random) -> _Written:
     size, full = rng.randint(6, 15), rng.randint(7, 19)
     over = rng.randint(1, size - 1)
     return _Written(
-        f"{size * full + over} apples are packed into boxes of {size}. Each box is filled before the next one is begun. "
-        "How many apples are in the last box, which is not full?",
+        f"{size * full + over} apples are packed into boxes of {size}. Each box is filled before the next one "
+        "is begun. How many apples are in the last box, which is not full?",
         str(over),
     )
 
@@ -96,7 +97,7 @@ def _clock(rng: Random) -> _Written:
 
 def _order(rng: Random) -> _Written:
     people = rng.sample(_NAMES, 5)
-    said = [f"{taller} is taller than {shorter}." for taller, shorter in zip(people, people[1:], strict=False)]
+    said = [f"{taller} is taller than {shorter}." for taller, shorter in itertools.pairwise(people)]
     rng.shuffle(said)
     place = rng.randrange(1, 4)
     word = ("tallest", "second tallest", "third tallest", "fourth tallest")[place]
@@ -110,7 +111,7 @@ def _handed_on(rng: Random) -> _Written:
     way = [people[0]]
     while len(way) < 4:
         way.append(rng.choice([name for name in people if name != way[-1]]))
-    told = [f"{giver} gives {thing} to {taker}." for giver, taker in zip(way, way[1:], strict=False)]
+    told = [f"{giver} gives {thing} to {taker}." for giver, taker in itertools.pairwise(way)]
     told.insert(rng.randrange(1, 3), f"{rng.choice(people)} finds {other}.")
     return _Written(
         f"At first {way[0]} has {thing}. {' '.join(told)} Who has {thing} in the end?",

@@ -32,6 +32,7 @@ from medcot.errors import DataError
 from medcot.evaluate.answers import check_gradable, read_number
 from medcot.evaluate.grading import grade
 from medcot.evaluate.lenient import lenient
+from medcot.evaluate.units import normalise_unit
 from medcot.prompt import THINK_CLOSE, THINK_OPEN
 from medcot.records import Allowance, AnswerKind, Completion, Example, Finish
 
@@ -133,7 +134,7 @@ def _read_quantity(row: Mapping[str, Any], gold: str, where: str) -> tuple[str, 
         _refuse(where, "unit", unit, "'unit' is a text", "Write it as a text, or null for none")
     any_unit = unit.lower() == ANY_UNIT
     if unit and not any_unit:
-        if quantity.unit and read_number(f"0 {quantity.unit}") != read_number(f"0 {unit}"):
+        if quantity.unit and quantity.unit != normalise_unit(unit):
             _refuse(where, "unit", unit, f"Gold is {quote(gold)}, and has a unit of its own", "Keep one of the two")
         if read_number(f"0 {unit}") is None:
             _refuse(where, "unit", unit, "A unit begins with a letter, a sign like % or a /", "Write it like mL/h")

@@ -120,7 +120,9 @@ def _find(text: str, example: Example) -> Read | None:
     def read(content: str) -> Read | None:
         return Read(content, _holds(normalise_phrase(content), golds)) if content.strip(" .") else None
 
-    return _read_cues(text, read, linked=True) or read(lines[-1])
+    found = _read_cues(text, read, linked=True)
+    empty_cue = any(cue["link"] for cue in _CUE.finditer(lines[-1]))
+    return found if found or empty_cue else read(lines[-1])
 
 
 def _read_cues(text: str, read: Reader, *, linked: bool) -> Read | None:

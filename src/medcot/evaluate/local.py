@@ -1,9 +1,9 @@
-"""Answers written token by token where we hold the tokens: the model in memory, and vLLM.
+r"""Answers written token by token where we hold the tokens: the model in memory, and vLLM.
 
 What is done with tokens is the same for both, and stands here once: the frame around the question, the empty thinking
 block of the no-thinking control, closing the block at the cap, asking for the answer, comparing the choices. A
 ``Writer`` only continues prompts. The forced close is written with the very ids that a training row of the same style
-has there (``\\n</think>\\n\\nFinal answer:`` in the chat style), so a tuned model meets nothing that it never saw.
+has there (``\n</think>\n\nFinal answer:`` in the chat style), so a tuned model meets nothing that it never saw.
 
 With ``Ending.FORCED`` or ``LIKELIHOOD`` a row is written in two goes. First up to the thinking cap; then a row that has
 not closed its thinking, cut at the cap or ended without, gets the forced close and one line, and a row that was cut
@@ -18,7 +18,6 @@ another in a batch of other rows; vLLM seeds each row by itself.
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -223,7 +222,7 @@ class TokenBackend:
         for row in batch:
             think, answer = self._split(row)
             if think is None:
-                row.written, row.forced = self._plain(row) + self._close(ASK), True
+                row.written, row.forced = self._without_torn_tag(row) + self._close(ASK), True
             if row.forced:
                 asked.append(row)
             elif row.finish is Finish.LENGTH and answer < limits.answer_tokens:
@@ -243,7 +242,7 @@ class TokenBackend:
         prompts, candidates, endings = [], [], []
         for row in batch:
             think, _ = self._split(row)
-            kept = self._plain(row) if think is None else self._plain(row)[:think]
+            kept = self._without_torn_tag(row) if think is None else self._plain(row)[:think]
             shared, rests = self._tell_apart(row.request.choices, closed=think is not None)
             row.written, row.forced = kept + shared, row.forced or think is None
             prompts.append(row.ids)
@@ -262,7 +261,8 @@ class TokenBackend:
         """
         texts = [f"{ASK} {choice}" for choice in choices]
         whole = [self._answer_ids(text) if closed else self._close(text) for text in texts]
-        num_shared = len(os.path.commonprefix(whole))
+        parted = (place for place, ids in enumerate(zip(*whole, strict=False)) if len(set(ids)) > 1)
+        num_shared = next(parted, min(map(len, whole)))
         rests = [ids[num_shared:] for ids in whole]
         if not all(rests) or len({rest[0] for rest in rests}) < len(rests):
             raise DataError(
@@ -280,6 +280,12 @@ class TokenBackend:
     def _plain(self, row: _Row) -> list[int]:
         return [token for token in row.written if token not in self._control]
 
+    def _without_torn_tag(self, row: _Row) -> list[int]:
+        """What was written, without the first tokens of a tag that the cap cut in two."""
+        kept, tag = self._plain(row), list(self._frame.close_ids)
+        num_torn = next((n for n in range(len(tag) - 1, 1, -1) if kept[-n:] == tag[:n]), 0)
+        return kept[: len(kept) - num_torn]
+
     def _close(self, answer: str, before: str = "") -> list[int]:
         """The ids that end thinking and begin an answer, as a training row has them; ``before`` opens an empty one."""
         end = tokenise(before + self._frame.after_think, self.tokenizer)[0]
@@ -296,9 +302,7 @@ class TokenBackend:
                 return
 
     def _answer_of(self, row: _Row, seconds: float) -> Answer:
-        found = split_completion(
-            row.written, self.tokenizer, num_prompt_tokens=len(row.prompt_ids), finish=row.finish
-        )
+        found = split_completion(row.written, self.tokenizer, num_prompt_tokens=len(row.prompt_ids), finish=row.finish)
         return Answer(
             item_id=row.request.item_id,
             seed=row.request.seed,

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import NDArray
 
 from medcot.errors import DataError
 
@@ -190,13 +191,14 @@ def connor(effect: float, flip_rate: float, alpha: float = ALPHA, power: float =
     return float(((z_alpha * math.sqrt(flip_rate) + z_power * spread) / effect) ** 2)
 
 
-def _largest_significant(flips_F: np.ndarray, alpha: float) -> np.ndarray:
+def _largest_significant(flips_F: NDArray[np.int64], alpha: float) -> NDArray[np.int64]:
     """Return, for each number of flips, the largest smaller count whose p-value is at most alpha; -1 where none is."""
     from scipy.stats import binom
 
-    at_least_F = binom.ppf(alpha / 2, flips_F, 0.5)
+    at_least_F: NDArray[np.float64] = binom.ppf(alpha / 2, flips_F, 0.5)
     # ppf gives the first count whose tail reaches alpha / 2; it counts only where the tail does not pass it.
-    return np.where(2 * binom.cdf(at_least_F, flips_F, 0.5) <= alpha, at_least_F, at_least_F - 1).astype(np.int64)
+    too_many_F: NDArray[np.bool_] = 2 * binom.cdf(at_least_F, flips_F, 0.5) > alpha
+    return at_least_F.astype(np.int64) - too_many_F
 
 
 def _check(n: int, flip_rate: float, alpha: float, power: float = POWER) -> None:

@@ -192,7 +192,8 @@ def paired_differences(before: Scores, after: Scores) -> NDArray[np.float64]:
         DataError: the two have different numbers of questions, or as ``read_scores``.
     """
     before_QS, after_QS = _read_pair(before, after)
-    return after_QS.mean(axis=1) - before_QS.mean(axis=1)
+    differences_Q: NDArray[np.float64] = after_QS.mean(axis=1) - before_QS.mean(axis=1)
+    return differences_Q
 
 
 def compute_flip_rate(before: Scores, after: Scores) -> float:

@@ -93,7 +93,8 @@ def mcnemar_p_values(gained: ArrayLike, lost: ArrayLike) -> NDArray[np.float64]:
     from scipy.stats import binom  # not at the top: half a second that `medcot --help` should not pay
 
     flips = np.add(gained, lost)
-    return np.minimum(1.0, 2.0 * binom.cdf(np.minimum(gained, lost), flips, 0.5))
+    tails: NDArray[np.float64] = binom.cdf(np.minimum(gained, lost), flips, 0.5)
+    return np.minimum(1.0, 2.0 * tails)
 
 
 def count_flips(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int]:

@@ -9,31 +9,28 @@ points apart; so they are names of their own here, and a result carries the sour
 order it is; those of ``medqa:400`` begin with them. The head of a file is no sample: many sets are sorted by subject.
 The problems that our own code makes come in a seeded order already, family after family, and its head is taken.
 
-Controls are transformations of a task, so that everything downstream treats them as one more: the options turned round
-(an answer that stays with its letter did not read them), the question left out (what is right without it was guessed
-from the options, or known by heart), no thinking, and the floor of always answering A.
+A task is ready to be asked: ``build_requests`` makes requests of it, ``controls.py`` other tasks.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
 from medcot import clinic
-from medcot.data.benchmarks import BENCHMARKS, load_benchmark
-from medcot.data.choices import find_stem, format_question
+from medcot.data.benchmarks import load_benchmark
+from medcot.data.choices import find_stem
 from medcot.errors import DataError, did_you_mean
 from medcot.evaluate.answers import WORDS
-from medcot.evaluate.backends import Answer, Counts, Draws, Limits, Request
+from medcot.evaluate.backends import Draws, Limits, Request
 from medcot.evaluate.general import NUM_ITEMS, make_general
 from medcot.evaluate.general import SOURCE as GENERAL
 from medcot.evaluate.grading import instruction
-from medcot.records import Allowance, AnswerKind, Example, Finish
+from medcot.records import Allowance, AnswerKind, Example
 
 CLINIC = "builtin:clinic"
 CLINIC_ITEMS = 200  # ten of each family
@@ -103,14 +100,9 @@ SUITES: dict[str, tuple[str, ...]] = {
     "builtin": (CLINIC, GENERAL),
 }
 
-# Options that speak of one another, or of their places, mean something else when they are turned round.
-_BOUND = re.compile(
-    r"\b(all|none|both|neither|either|any|two) (of|the)\b|\babove\b|\bbelow\b|\boptions?\b|\bboth\b"
-    r"|\b[A-E](,| and| or| &|\+) ?[A-E]\b",
-    re.IGNORECASE,
-)
 _LIMITED = re.compile(r"(?P<rest>.+):(?P<limit>[0-9]+)")
 _DATE = re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})")
+_SEPARATORS = (", ", " ", " and ")
 _WEEKS = re.compile(r"\(?['\"]?(\d+) weeks?['\"]?, *['\"]?(\d+) days?['\"]?\)?")
 
 
@@ -253,7 +245,9 @@ def load_task(wanted: Wanted | str, *, revision: str | None = None, token: str |
     if asked.name in (CLINIC, GENERAL) and asked.source is None:
         return _load_own(asked)
     source = _find_source(asked, entry)
-    loaded = load_benchmark(source, config=entry.config if asked.source is None else None, revision=revision, token=token)
+    loaded = load_benchmark(
+        source, config=entry.config if asked.source is None else None, revision=revision, token=token
+    )
     known = [example for example in loaded.items if example.gold is not None and example.answer_kind is not None]
     hidden = len(loaded.items) - len(known)
     sentences = list(loaded.sentences)
@@ -278,14 +272,18 @@ def _find_source(asked: Wanted, entry: Entry) -> str:
 
 
 def _load_own(asked: Wanted) -> Task:
-    if asked.name == CLINIC:
-        examples = clinic.generate(asked.limit or CLINIC_ITEMS, split="test", seed=CLINIC_SEED)
-    else:
-        examples = make_general(asked.limit or NUM_ITEMS)
-    # Of the makers' first problem of each size the rest follows, and a longer list must keep a shorter one's answers.
-    digest = hashlib.sha256("".join(f"{it.question}\n{it.gold}\n" for it in _OWN_HEAD(asked.name)).encode()).hexdigest()
+    """Make a built-in task; its checksum is that of the usual length, so that a longer list finds a shorter one's."""
+    usual = _make_own(asked.name, None)
+    examples = usual if asked.limit is None else _make_own(asked.name, asked.limit)
+    digest = hashlib.sha256("".join(f"{it.question}\n{it.gold}\n" for it in usual).encode()).hexdigest()
     items = tuple(_word(example, TASKS[asked.name]) for example in examples)
-    return Task(asked.label, items, digest, len(examples))
+    return Task(asked.label, items, digest, max(len(usual), len(items)))
+
+
+def _make_own(name: str, count: int | None) -> list[Example]:
+    if name == CLINIC:
+        return clinic.generate(count or CLINIC_ITEMS, split="test", seed=CLINIC_SEED)
+    return make_general(count or NUM_ITEMS)
 
 
 def _digest(example: Example) -> tuple[str, str]:
@@ -306,10 +304,7 @@ def _word(example: Example, entry: Entry) -> Item:
         example = replace(example, allowance=_allow(example.gold, entry))
     kind, gold = example.answer_kind, example.gold or ""
     assert kind is not None, "load_task left the others out"
-    if kind is AnswerKind.LETTER:
-        choices = tuple(example.options or ())
-    else:
-        choices = entry.words
+    choices = tuple(example.options or ()) if kind is AnswerKind.LETTER else entry.words
     return Item(example, f"{example.question.strip()}\n\n{_ask(kind, gold, choices)}", choices)
 
 
@@ -349,15 +344,11 @@ def _allow(gold: str, entry: Entry) -> Allowance:
         return Allowance(aliases=(f"{month:02}/{day:02}/{year}", f"{month}/{day}/{year}"))
     if pair := _WEEKS.fullmatch(gold.strip()):
         weeks, days = (int(part) for part in pair.groups())
-        texts = [f"{weeks} {w}{sep}{days} {d}" for w in ("week", "weeks") for d in ("day", "days") for sep in _SEPARATORS]
+        texts = [
+            f"{weeks} {w}{sep}{days} {d}" for w in ("week", "weeks") for d in ("day", "days") for sep in _SEPARATORS
+        ]
         return Allowance(aliases=(*texts, *(f"({text})" for text in texts)))
     return Allowance(any_unit=entry.any_unit)
-
-
-_SEPARATORS = (", ", " ", " and ")
-
-
-# Asking and controls --------------------------------------------------------------------------------------------------
 
 
 def build_requests(task: Task, sampling: Draws, seeds: Sequence[int], limits: Limits) -> list[Request]:
@@ -368,86 +359,3 @@ def build_requests(task: Task, sampling: Draws, seeds: Sequence[int], limits: Li
         for seed in seeds
         for item in task.items
     ]
-
-
-def rotate_options(task: Task, shift: int = 1) -> Task:
-    """Move each option's text ``shift`` letters on, and gold with it; items whose options refer to others stay out.
-
-    Raises:
-        DataError: nothing is left that has lettered options.
-    """
-    lettered = [item for item in _lettered(task) if item.example.options]
-    free = [item for item in lettered if not any(_BOUND.search(text) for text in (item.example.options or {}).values())]
-    sentences = (f"{len(task.items) - len(free):,} of {len(task.items):,} items left out: options that speak of others.",)
-    items = tuple(_rotate(item, shift) for item in free)
-    _refuse_none(task, items, "has no item whose options can change places")
-    return replace(task, items=items, control=f"rotate-{shift}", sentences=task.sentences + sentences)
-
-
-def blank_question(task: Task) -> Task:
-    """Leave the question out and keep the options.
-
-    Raises:
-        DataError: the task has no lettered options.
-    """
-    items = tuple(
-        replace(item, prompt=item.prompt.replace(find_stem(item.example).strip(), "", 1).strip())
-        for item in _lettered(task)
-    )
-    _refuse_none(task, items, "has no options to choose from without the question")
-    return replace(task, items=items, control="blank")
-
-
-def without_thinking(task: Task) -> Task:
-    """Have every answer begin behind an empty thinking block."""
-    return replace(task, control="no-thinking", thinks=False)
-
-
-def answer_always(task: Task, choice: str | None = None) -> list[Answer]:
-    """Return the floor: the same choice for every item, the first one where none is named.
-
-    Raises:
-        DataError: the items have nothing to choose from, or not this.
-    """
-    answers = []
-    for item in task.items:
-        given = choice or (item.choices[0] if item.choices else None)
-        if given is None or given not in item.choices:
-            raise DataError(
-                f"'{item.example.id}' has the choices {', '.join(item.choices) or 'none'}",
-                f"The floor answers {given or 'the first choice'} to every item",
-                "Take a task with options",
-            )
-        text = f"Final answer: {given}"
-        answers.append(
-            Answer(
-                item.example.id, 0, text=f"</think>{text}", answer=text, closed=True, finish=Finish.EOS,
-                counts=Counts.EXACT,
-            )
-        )  # fmt: skip
-    return answers
-
-
-def _lettered(task: Task) -> list[Item]:
-    return [item for item in task.items if item.example.answer_kind is AnswerKind.LETTER and item.example.options]
-
-
-def _refuse_none(task: Task, items: Sequence[Item], what: str) -> None:
-    if not items:
-        raise DataError(f"'{task.name}' {what}", "This control needs lettered options", "Leave it out for this task")
-
-
-def _rotate(item: Item, shift: int) -> Item:
-    example = item.example
-    options = example.options
-    assert options and example.gold is not None, "only lettered items get here"
-    letters, size = string.ascii_uppercase[: len(options)], len(options)
-    texts = list(options.values())
-    turned = {letter: texts[(number - shift) % size] for number, letter in enumerate(letters)}
-    moved = replace(
-        example,
-        question=format_question(find_stem(example), turned),
-        options=turned,
-        gold=letters[(letters.index(example.gold) + shift) % size],
-    )
-    return Item(moved, item.prompt.replace(example.question.strip(), moved.question.strip(), 1), item.choices)

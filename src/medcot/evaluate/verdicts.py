@@ -51,7 +51,7 @@ class Comparison:
         exact = "p < 0.0001" if self.p_adjusted < 1e-4 else f"p = {self.p_adjusted:.4f}"
         return (
             f"{self.task}: {self.verdict}: {self.before.accuracy:.1%} → {self.after.accuracy:.1%},"
-            f" {self.delta * 100:+.1f} points (95 % interval {low:+.1f} to {high:+.1f});"
+            f" {self.delta * 100:+z.1f} points (95 % interval {low:+z.1f} to {high:+z.1f});"
             f" {self.gained} of {self.before.n:,} questions gained, {self.lost} lost, {exact} after Holm"
         )
 

@@ -34,6 +34,7 @@ def load_vllm() -> Any:
             "This back end needs it",
             "Install it with pip install vllm, or take the local back end",
         )
+    importlib.import_module("vllm.lora.request")  # vllm alone need not load it
     return importlib.import_module("vllm")
 
 

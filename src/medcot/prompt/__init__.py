@@ -49,6 +49,7 @@ from medcot.prompt.frames import (
     TUTORIAL_QUESTION,
     TUTORIAL_TEMPLATE,
     Style,
+    count_most_bytes,
     find_markers,
 )
 
@@ -63,6 +64,7 @@ __all__ = [
     "StreamPiece",
     "StreamSplitter",
     "Style",
+    "count_most_bytes",
     "count_shortest_think",
     "decode",
     "decode_spans",

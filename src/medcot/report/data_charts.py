@@ -19,6 +19,7 @@ from medcot.report.charts import AFTER, BAD, BEFORE, INK, LINE, MUTED, OPEN, SEC
 _PARTS = {"prompt": BEFORE, "reasoning": AFTER, "answer": SECOND, "row": INK}
 _MOST_TICKS = 8
 _MOST_FINDINGS = 12
+_MOST_LETTERS = 32  # of an id
 _LEAST_WIDEST = 0.1  # share that fills the chart, so that 2 % alone do not look like all
 
 
@@ -126,7 +127,7 @@ def draw_findings(findings: Sequence[Mapping[str, Any]], num_rows: int) -> Chart
         text = f"{words.percent(share)} · {finding['severity']}"
         axes.text(share + widest / 60, place, text, va="center_baseline", fontsize=8.5, color=INK)
     # An id is words_with_underscores; what else a foreign report puts there is not drawn.
-    names = [words.label(re.sub(r"\W", "", str(finding["id"]), flags=re.ASCII)) for finding in shown]
+    names = [words.label(re.sub(r"\W", "", str(finding["id"]), flags=re.ASCII)[:_MOST_LETTERS]) for finding in shown]
     axes.set_yticks(range(len(shown)), names)
     axes.tick_params(axis="y", labelcolor=INK, labelsize=8.5)
     axes.set_xticks([])

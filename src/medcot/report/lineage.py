@@ -51,7 +51,9 @@ def build_lineage(sources: Sequence[Mapping[str, Any]]) -> Lineage:
     """Arrange the ``sources`` of data/report.json; what is no number and not known here is left out."""
     found = list(dict.fromkeys(key for source in sources for key, value in source.items() if _is_count(value)))
     keys = [key for key in _COUNTS if key in found] + [key for key in found if key not in _COUNTS]
-    return Lineage(tuple(make_visible(words.label(key)) for key in keys), tuple(_read(source, keys) for source in sources))
+    return Lineage(
+        tuple(make_visible(words.label(key)) for key in keys), tuple(_read(source, keys) for source in sources)
+    )
 
 
 def _read(source: Mapping[str, Any], keys: Sequence[str]) -> SourceLine:

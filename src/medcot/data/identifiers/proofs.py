@@ -111,6 +111,8 @@ def is_iban(match: re.Match[str]) -> bool:
 def is_vin(match: re.Match[str]) -> bool:
     """The ninth character is the weighted sum of all, modulo 11, with X for 10 (North America; others have none)."""
     vin = match[0]
+    if not vin.isascii():  # digits of another script
+        return False
     total = sum(_VIN_VALUES[char] * weight for char, weight in zip(vin, _VIN_WEIGHTS, strict=True))
     return len(set(vin)) > 4 and vin[8] == "0123456789X"[total % 11]
 

@@ -1,8 +1,6 @@
 r"""How each kind of identifier is recognised: a gate, a pattern, and where a pattern is not enough, a proof.
 
-A gate is what a text must hold for the pattern to be worth running: a word, or a *shape*, which is the text with every
-digit made ``0`` and every letter ``a`` or ``A``. Looking for a fixed string is a hundred times faster than a pattern,
-and most rows pass no gate at all. Patterns begin with a class of characters where they can, which CPython skips to;
+A gate (``gates.py``) is what a text must hold for the pattern to be worth running, and most rows pass none. Patterns begin with a class of characters where they can, which CPython skips to;
 what must not stand before is a lookbehind over that first character, ``\d(?<!\w.)``. Every repetition is bounded, so
 that no text, however long or hostile, takes more than linear time. Numbers that count only behind a label are in
 ``labelled.py``.
@@ -18,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from medcot.data.identifiers import proofs
+from medcot.data.identifiers.gates import Gate, Hints
 from medcot.data.identifiers.labelled import LINK
 
 # What becomes of a text before it is searched, one character for one, so that places stay the same.
@@ -28,10 +27,6 @@ FOLDED = {
     **{chr(0xFF10 + digit): str(digit) for digit in range(10)},
     **_OTHER,
 }
-SHAPES = bytes(
-    48 if 48 <= code < 58 else 65 if 65 <= code < 91 else 97 if 97 <= code < 123 else code for code in range(256)
-)
-
 _STATES = (
     "A[KLRZ]|C[AOT]|D[CE]|FL|GA|HI|I[ADLN]|K[SY]|LA|M[ADEINOST]|N[CDEHJMVY]|O[HKR]|P[AR]|RI|S[CD]|T[NX]|UT|V[AT]"
     "|W[AIVY]"
@@ -58,34 +53,6 @@ _MBI = r"[AC-HJKMNP-RT-Y]"  # Medicare's letters: those that no digit resembles
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
-    """What a text must hold for a pattern to be worth running; an empty condition holds for every text.
-
-    Attributes:
-        words: one of these, in lower case.
-        exact: one of these as they stand.
-        shapes: one of these shapes.
-        sniff: a match of this pattern, which is quick to look for.
-        dense: so many digits, 4 or 7, with next to nothing between them; left to the caller, who knows.
-    """
-
-    words: tuple[str, ...] = ()
-    exact: tuple[str, ...] = ()
-    shapes: tuple[bytes, ...] = ()
-    sniff: re.Pattern[str] | None = None
-    dense: int = 0
-
-    def admits(self, text: str, lower: str, shape: bytes) -> bool:
-        """Return whether a text may hold what is behind the gate, but for ``dense``."""
-        return (
-            (not self.shapes or _holds(shape, self.shapes))
-            and (not self.words or _holds(lower, self.words))
-            and (not self.exact or _holds(text, self.exact))
-            and (self.sniff is None or self.sniff.search(text) is not None)
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Rule:
     """One way in which a kind of identifier shows.
 
@@ -109,21 +76,9 @@ class Rule:
                 yield match.span(inner)
 
 
-def _holds(text: str | bytes, parts: tuple[str, ...] | tuple[bytes, ...]) -> bool:
-    for part in parts:  # noqa: SIM110 any() over a generator takes three times as long
-        if part in text:  # type: ignore[operator]  # both are str or both bytes
-            return True
-    return False
-
-
 def _rule(kind: str, gate: Gate, pattern: str, proof: Callable[[re.Match[str]], bool] | None = None) -> Rule:
     return Rule(kind, gate, re.compile(pattern), proof)
 
-
-DENSE = {
-    4: re.compile(rb"0(?:[A .()-]{0,2}0){3}"),
-    7: re.compile(rb"0(?:[ .()-]{0,2}0){6}"),
-}  # digits close together, of a shape
 
 _URL_REST = r"[^\s<>\"\[\]|]{1,2000}(?<![.,;:!?)'])"
 _DEGREE = r"(?:M\.?D|D\.?O|R\.?N|N\.?P|PA-C|Ph\.?D|DDS|FACS|MBBS|FRCS)\b"
@@ -142,7 +97,7 @@ RULES = (
     _rule("url", Gate(("://", "www.")), rf"[hHfFwW](?<!\w.)(?i:ttps?://|tp://|ww\.){_URL_REST}", proofs.is_private_url),
     _rule(
         "url",
-        Gate(sniff=re.compile(r"\.(?:com|org|net|edu|io|me|cn)/")),
+        Gate(sniff=re.compile(r"\.(?:com|org|net|edu|io|me|cn)/"), hints=(b"./",)),
         rf"(?i)(?<![\w.@/-])(?:[\w-]{{1,63}}\.){{1,4}}(?:com|org|net|edu|io|me|cn)/{_URL_REST}",
         proofs.is_private_url,
     ),
@@ -154,7 +109,7 @@ RULES = (
     ),
     _rule(
         "ip address",
-        Gate(sniff=re.compile(r":[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:]")),
+        Gate(sniff=re.compile(r":[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:]"), hints=(b":",)),
         r"[0-9A-Fa-f:](?<![\w:.].)[0-9A-Fa-f:]{5,38}(?![\w:])",
         proofs.is_ipv6,
     ),
@@ -173,7 +128,7 @@ RULES = (
     ),
     _rule(
         "vehicle",
-        Gate(("plate ", "plates ", "plate:", "plate#", " tag")),
+        Gate(("plate ", "plates ", "plate:", "plate#", " tag"), hints=("plate", " tag")),
         r"\b(?i:(?:licen[sc]e|number|registration) (?:plate|tag)s?|plate (?:number|no)|plate ?#|tag number)"
         r"(?: (?:number|no)\b\.?)?[ :#.]{0,4}(?:is )?([A-Z\d]{1,4}[ -]?[A-Z\d]{1,5})(?!\w)",
         proofs.is_plate,
@@ -239,11 +194,15 @@ RULES = (
     ),
     _rule(
         "address",
-        Gate(("address", "lives at", "living at", "resides at", "residing at")),
+        Gate(("address", "lives at", "living at", "resides at", "residing at"), hints=("address", "s at", "g at")),
         r"[AaLlRr](?<!\w.)(?i:ddress|iv(?:es?|ing) at|esid(?:es?|ing) at) ?:? {0,2}"
         rf"(\d{{1,6}}[A-Za-z]? (?:[\w.']{{1,20}} ){{1,3}}?(?i:{_STREET})\b\.?)",
     ),
-    _rule("address", Gate((" box ", "pobox", "p.o.box")), r"(?i)\bp\.? ?o\.? box (?:no\.? |# ?)?\d{1,8}\b"),
+    _rule(
+        "address",
+        Gate((" box ", "pobox", "p.o.box"), hints=("box",)),
+        r"(?i)\bp\.? ?o\.? box (?:no\.? |# ?)?\d{1,8}\b",
+    ),
     _rule(
         "zip",
         _ZIP,
@@ -251,7 +210,7 @@ RULES = (
     ),
     _rule(
         "zip",
-        Gate(("zip", "postal c", "post c", "postc")),
+        Gate(("zip", "postal c", "post c", "postc"), hints=("zip", "post")),
         r"\b(?i:zip(?: ?code)?|postal code|post ?code)s?(?: is|[:#]){0,2} {0,2}"
         r"(\d{5}(?:-\d{4})?|[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}|[A-Z]\d[A-Z] ?\d[A-Z]\d|\d{6})(?![\w-])",
     ),
@@ -270,7 +229,7 @@ RULES = (
     ),
     _rule(
         "place",
-        Gate(exact=(" County",)),
+        Gate(exact=(" County",), hints=("county",)),
         r"[A-Z](?<!\w.)[a-z']{2,20}(?: [A-Z][a-z']{2,20})? County\b",
         proofs.is_county,
     ),
@@ -287,17 +246,20 @@ RULES = (
         r"[12](?<![\w/.-].)[09]\d\d(?P<mark>[/.-])(?P<month>\d{1,2})(?P=mark)(?P<day>\d{1,2})(?![\d/-]|\.\d)",
         proofs.is_iso_date,
     ),
-    _rule("date", Gate(("月",)), r"\d{1,2} ?月 ?\d{1,2} ?[日号]"),
+    _rule("date", Gate(exact=("月",), hints=(re.compile("月"),)), r"\d{1,2} ?月 ?\d{1,2} ?[日号]"),
     _rule(
         "date",
-        Gate(),
+        Gate(hints=(re.compile(rb"A\.?,? {1,2}[0?]"),)),  # the question mark may be a digit of another script
         rf"{_MONTH}\.?,? (?:of )?(?:(?P<day>\d{{1,2}})(?:st|nd|rd|th)?(?:,? {_YEAR})?|(?P<whole>(?:19|20)\d\d))"
         r"(?![\w%/-]|[.,]\d|:\d)",
         proofs.is_worded_date,
     ),
     _rule(
         "date",
-        Gate(shapes=(b"0 A", b"0-A", b"0aa A", b"0aa aa A", b"0 aa A", b"0A", b"aa aaa aa A")),
+        Gate(
+            shapes=(b"0 A", b"0-A", b"0aa A", b"0aa aa A", b"0 aa A", b"0A", b"aa aaa aa A"),
+            hints=(re.compile(rb"0 ?[- ] {0,2}A"), re.compile(rb"\? ?[- ] {0,2}A")),
+        ),
         rf"(?P<day>\d{{1,2}})(?:st|nd|rd|th)? ?[- ](?:day )?(?:of )?{_MONTH}\.?"
         rf"(?:,?[- ]{_YEAR}|-(?P<short>\d\d))?(?!\w)",
         proofs.is_worded_date,
@@ -310,13 +272,19 @@ RULES = (
     ),
     _rule(
         "age",
-        Gate(sniff=re.compile(r"(?:9|1[0-2])\d[- ]?y")),
+        Gate(
+            sniff=re.compile(r"(?:9|1[0-2])\d[- ]?y"),
+            hints=(re.compile(r"9\d[- ]?y"), re.compile(r"1[0-2]\d[- ]?y")),  # one character first is found fastest
+        ),
         r"((?:9|1[0-2])\d)(?=[- ]?(?:years?|yrs?\.?)[- ](?:old|of[- ]age)\b|[- ]?y\.?/?o\b)",
         proofs.is_age,
     ),
     _rule(
         "age",
-        Gate(sniff=re.compile(r"(?:ge|GE)(?:d|D|:| of| is| was)? ?[:=]? {0,2}(?:9|1[0-2])\d")),
+        Gate(
+            sniff=re.compile(r"(?:ge|GE)(?:d|D|:| of| is| was)? ?[:=]? {0,2}(?:9|1[0-2])\d"),
+            hints=(re.compile(r"9(?<=[dDeEfs:= ]9)\d"), re.compile(r"1(?<=[dDeEfs:= ]1)[0-2]\d")),
+        ),
         r"\b(?i:aged?|age of|age is|age was) ?[:=]? {0,2}((?:9|1[0-2])\d)"
         r"(?![\w%/-]|[.,]\d| ?(?:m|w|d|h|to\b|and\b|or\b))",
         proofs.is_age,
@@ -329,7 +297,7 @@ RULES = (
     ),
     _rule(
         "other number",
-        Gate(sniff=re.compile(r"-[\da-fA-F]{4}-[\da-fA-F]{4}-")),
+        Gate(sniff=re.compile(r"-[\da-fA-F]{4}-[\da-fA-F]{4}-"), hints=(b"-",)),
         r"[\da-fA-F](?<![\w-].)[\da-fA-F]{7}(?:-[\da-fA-F]{4}){3}-[\da-fA-F]{12}(?![\w-])",
     ),
     _rule(
@@ -338,28 +306,33 @@ RULES = (
         rf"[:=]\s{{0,2}}{_TITLE}{_NAME}",
         proofs.is_named,
     ),
-    _rule("name", Gate(("姓名",)), r"姓名 ?: ?([\u4e00-\u9fff]{2,4})"),
+    _rule("name", Gate(exact=("姓名",), hints=(re.compile("姓名"),)), r"姓名 ?: ?([\u4e00-\u9fff]{2,4})"),
     _rule("name", Gate(("my name is",)), rf"\b(?i:my name is) {_NAME}"),
     _rule(
         "name",
-        Gate(exact=("Mr", "Ms", "Miss ", "Mx", "MR")),
+        Gate(exact=("Mr", "Ms", "Miss ", "Mx", "MR"), hints=(re.compile("M(?:[rsxR]|iss )"),)),
         rf"M(?<!\w.)(?:rs?|s|iss|x|RS?)(?:\. ?| ){_NAME}",
         proofs.is_person,
     ),
     _rule(
         "name",
-        Gate(exact=("Dr", "Prof", "Doctor ", "Nurse ")),
+        Gate(
+            exact=("Dr", "Prof", "Doctor ", "Nurse "),
+            hints=(re.compile("D(?:r|octor )"), re.compile("P(?:rof)"), re.compile("N(?:urse )")),
+        ),
         rf"[DPN](?<!\w.)(?:r|rof|octor|rofessor|urse)(?:\. ?| ){_NAME}",
         proofs.is_person,
     ),
     _rule(
         "name",
-        Gate(sniff=re.compile(rf" {_DEGREE}")),
+        Gate(sniff=re.compile(rf" {_DEGREE}"), hints=(b" AA", b" A.A")),
         rf"([A-Z](?<![\w-].)[a-z'-]{{1,20}} (?:[A-Z]\. )?[A-Z][A-Za-z'-]{{1,20}}),? {_DEGREE}",
         proofs.is_degreed,
     ),
 )
 
-RULES_BEHIND: dict[Gate, list[tuple[int, Rule]]] = {}  # gate → its rules, each with its rank in RULES
+_behind: dict[Gate, list[tuple[int, Rule]]] = {Gate(dense=4): []}  # first the gate of all in ``labelled.py``
 for _rank, _each in enumerate(RULES):
-    RULES_BEHIND.setdefault(_each.gate, []).append((_rank, _each))
+    _behind.setdefault(_each.gate, []).append((_rank, _each))
+RULES_BEHIND = tuple(_behind.items())  # gates, each with its rules, and those with their rank in RULES
+HINTS = Hints(tuple(_behind))

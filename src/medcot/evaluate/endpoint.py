@@ -1,0 +1,324 @@
+"""Any OpenAI-compatible server as a back end: o1, o3, DeepSeek's own API, vLLM, llama.cpp, transformers serve.
+
+What goes wrong with servers goes wrong in the middle of the night, at item 900 of 1,273. So every item ends in exactly
+one answer: what may pass (429, 5xx, a timeout, a reset, a stream that breaks off, a server that is restarted) is tried
+again after a growing, jittered pause, for at least as long as ``Retry-After`` asks; what concerns one question alone (a
+refusal, a prompt too long) becomes that item's error; what concerns all of them (a wrong key, no such model, no money)
+stops the evaluation at once. A reply is counted when it is whole, so an attempt that broke off leaves nothing behind.
+
+A 429 slows all requests down, not only the one it met: it is the account that is limited. Limits known beforehand are
+kept by ``Pace``, requests evenly spaced and tokens by what answers turn out to need.
+
+Reasoning models are sent no system prompt, and a temperature unless the server's dialect knows none (DeepSeek-R1's
+model card; OpenAI's reasoning guide). The key travels in one header, and in no message, log or answer.
+
+Full jitter: M. Brooker, "Exponential backoff and jitter", AWS Architecture Blog, 2015. Retry-After: RFC 9110, 10.2.3.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from enum import StrEnum
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from medcot.errors import ModelError, NetworkError
+from medcot.evaluate.backends import Answer, Ending, OnAnswer, Request, answer_failed
+from medcot.evaluate.pace import Pace
+from medcot.evaluate.replies import Broken, Price, Refused, Reply, Thinks, build_answer, read_body, read_lines
+from medcot.secrets import HIDDEN, Secret
+
+_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
+_FOR_ALL = {401, 402, 403, 404}
+_NO_MONEY = "insufficient_quota"  # OpenAI sends it as a 429, which no waiting mends
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+FEWEST_FAILED = 4  # requests that may fail in a row, however few are under way together
+CHARS_A_TOKEN = 4  # English, for the token limit's first guess at a prompt
+
+
+class Dialect(StrEnum):
+    """Which names a server has for the settings."""
+
+    CHAT = "chat"  # max_tokens, temperature, top_p, seed
+    REASONING = "reasoning"  # OpenAI's o-series: max_completion_tokens, and no say in the drawing
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A server and how to treat it.
+
+    Attributes:
+        base_url: up to and with ``/v1``.
+        model: the name it serves the model by.
+        api_key: sent as a bearer token.
+        concurrency: requests under way together.
+        requests_a_minute: as the account allows.
+        tokens_a_minute: prompt and completion together, as the account allows.
+        timeout_s: for one attempt without a sign of life; a stream gives one at each token.
+        deadline_s: for all of it; what has no answer then has failed.
+        max_attempts: of one request.
+        pause_s: before the second attempt; it doubles from one to the next.
+        longest_pause_s: where the doubling ends; a server may ask for more.
+        stream: whether replies come in pieces.
+        thinks: how the model shows its reasoning.
+        dialect: names of the settings.
+        no_thinking: fields that keep the model from thinking, such as ``chat_template_kwargs``; ``None`` where nothing
+            does.
+        extra: further fields of every request.
+        prices: of models by name; one that is not there costs nothing that is known.
+    """
+
+    base_url: str
+    model: str
+    api_key: Secret | None = None
+    concurrency: int = 8
+    requests_a_minute: float | None = None
+    tokens_a_minute: float | None = None
+    timeout_s: float = 600.0
+    deadline_s: float | None = None
+    max_attempts: int = 10
+    pause_s: float = 1.0
+    longest_pause_s: float = 60.0
+    stream: bool = False
+    thinks: Thinks = Thinks.AUTO
+    dialect: Dialect = Dialect.CHAT
+    no_thinking: Mapping[str, Any] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    prices: Mapping[str, Price] = field(default_factory=dict)
+
+
+class EndpointBackend:
+    """A back end over a server.
+
+    Args:
+        endpoint: the server.
+        transport: httpx's, where it is not the usual one.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        self.endpoint = endpoint
+        self._transport = transport
+        self._failed_in_a_row = 0
+        if urlsplit(endpoint.base_url).scheme not in ("http", "https"):
+            raise ModelError(
+                f"'{endpoint.base_url}' is no address",
+                "A server's begins with http:// or https:// and ends with /v1",
+                "Write it whole",
+            )
+
+    def prompt_of(self, request: Request) -> str:
+        """Return the request's body: all that the server is told."""
+        return json.dumps(self.body_of(request), sort_keys=True)
+
+    def answer(self, requests: Sequence[Request], on_answer: OnAnswer) -> None:
+        """Answer all requests, several at a time.
+
+        Raises:
+            NetworkError: the server refuses all of them, for the key or the account.
+            ModelError: it does not have the model, or cannot do what the limits ask for.
+        """
+        for request in requests:
+            self.body_of(request)  # what cannot be asked for at all, is said before anything is paid
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            asyncio.run(self._answer_all(requests, on_answer))
+        else:  # a notebook's cell runs inside a loop, which cannot be entered again
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(asyncio.run, self._answer_all(requests, on_answer)).result()
+
+    async def _answer_all(self, requests: Sequence[Request], on_answer: OnAnswer) -> None:
+        it = self.endpoint
+        self._failed_in_a_row = 0
+        deadline = None if it.deadline_s is None else time.monotonic() + it.deadline_s
+        pace = Pace(it.requests_a_minute, it.tokens_a_minute)
+        waiting = iter(requests)
+        headers = {} if it.api_key is None else {"Authorization": f"Bearer {it.api_key.value}"}
+        local = urlsplit(it.base_url).hostname in _LOOPBACK
+        async with httpx.AsyncClient(
+            base_url=it.base_url.rstrip("/") + "/",
+            headers=headers,
+            timeout=it.timeout_s,
+            limits=httpx.Limits(max_connections=it.concurrency),
+            trust_env=not local,  # a proxy of the environment has no way to this machine
+            transport=self._transport,
+        ) as client:
+
+            async def work() -> None:
+                for request in waiting:  # shared: each worker takes the next
+                    answer = await _Attempts(self, client, pace, request, deadline).answer()
+                    on_answer(answer)
+                    self._look_whether_it_lives(answer)
+
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(min(it.concurrency, len(requests))):
+                        group.create_task(work())
+            except BaseExceptionGroup as errors:  # the first error stops all; the others are cancellations
+                raise errors.exceptions[0] from None
+
+    def _look_whether_it_lives(self, answer: Answer) -> None:
+        """Stop where request after request ran out of attempts: the rest would take hours to fail one by one."""
+        gave_up = answer.error is not None and answer.num_attempts == self.endpoint.max_attempts
+        self._failed_in_a_row = self._failed_in_a_row + 1 if gave_up else 0
+        if self._failed_in_a_row > max(self.endpoint.concurrency, FEWEST_FAILED):
+            raise NetworkError(
+                f"{self._failed_in_a_row} requests in a row failed at {self.endpoint.base_url}: {answer.error}",
+                f"Each was tried {self.endpoint.max_attempts} times",
+                "See to the server; what was answered is kept, and the same command goes on from there",
+            )
+
+    def body_of(self, request: Request) -> dict[str, Any]:
+        """Return what is sent for a request.
+
+        Raises:
+            ModelError: a server cannot be asked for it.
+        """
+        it, limits = self.endpoint, request.limits
+        if limits.ending is not Ending.WRITTEN:
+            raise ModelError(
+                f"The limits end thinking by '{limits.ending}'",
+                "A chat server takes no half-written answer, so thinking cannot be closed for its model",
+                "Take ending=written, or the local back end",
+            )
+        body: dict[str, Any] = {
+            "model": it.model,
+            "messages": [{"role": "user", "content": request.question}],
+            **it.extra,
+        }
+        if limits.think_tokens == 0:
+            if it.no_thinking is None:
+                raise ModelError(
+                    f"'{it.model}' was asked to answer without thinking",
+                    "Servers have no common word for it",
+                    "Set no_thinking to the fields that this one understands, or leave the control out",
+                )
+            body |= it.no_thinking
+        max_tokens = limits.think_tokens + limits.answer_tokens
+        if it.dialect is Dialect.REASONING:
+            body["max_completion_tokens"] = max_tokens
+        else:
+            sampling = request.sampling
+            body |= {"max_tokens": max_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p}
+            body["seed"] = request.seed
+        return body
+
+
+class _Attempts:
+    """One request, until it has its answer."""
+
+    def __init__(
+        self, backend: EndpointBackend, client: httpx.AsyncClient, pace: Pace, request: Request, deadline: float | None
+    ) -> None:
+        self.it, self.client, self.pace, self.request = backend.endpoint, client, pace, request
+        self.body = backend.body_of(request)
+        if self.it.stream:
+            self.body |= {"stream": True, "stream_options": {"include_usage": True}}
+        self.deadline = deadline
+
+    async def answer(self) -> Answer:
+        """Try until there is an answer, or no hope of one."""
+        error = "no attempt was whole"
+        for attempt in range(1, self.it.max_attempts + 1):
+            if self._left() <= 0:
+                return self._failed(f"{error}; no time is left", attempt - 1)
+            wish = None
+            try:
+                async with asyncio.timeout(None if self.deadline is None else self._left()):
+                    return await self._try(attempt)
+            except TimeoutError:
+                return self._failed(f"{error}; no time is left", attempt)
+            except Refused as refusal:
+                return self._failed(str(refusal), attempt)
+            except _Status as status:
+                error, wish = str(status), status.retry_after_s
+                if status.code == 429:
+                    self.pace.hold(self._pause(attempt, wish))
+            except (httpx.RequestError, Broken) as failure:
+                error = f"{type(failure).__name__}: {failure}"
+            if attempt < self.it.max_attempts:
+                await asyncio.sleep(min(self._pause(attempt, wish), max(0.0, self._left())))
+        return self._failed(f"{error}, and so on {self.it.max_attempts} times", self.it.max_attempts)
+
+    async def _try(self, attempt: int) -> Answer:
+        guess = len(self.request.question) // CHARS_A_TOKEN
+        reserved = await self.pace.enter(guess, self.request.limits.think_tokens + self.request.limits.answer_tokens)
+        start = time.monotonic()
+        used = None
+        try:
+            reply = await self._send()
+            used = reply.usage.get("total_tokens", int(reserved))  # told nothing, the reserve stays spent
+        finally:
+            self.pace.settle(reserved, guess, used)
+        price = self.it.prices.get(self.it.model)
+        seconds = time.monotonic() - start
+        return build_answer(reply, self.request, self.it.thinks, price, seconds=seconds, num_attempts=attempt)
+
+    async def _send(self) -> Reply:
+        async with self.client.stream("POST", "chat/completions", json=self.body) as response:
+            if response.status_code != 200:
+                self._refuse(response.status_code, response.headers, await response.aread())
+            if response.headers.get("content-type", "").startswith("text/event-stream"):
+                return read_lines([line async for line in response.aiter_lines()])
+            return read_body(await response.aread())
+
+    def _refuse(self, code: int, headers: Mapping[str, str], body: bytes) -> None:
+        """Raise what a status other than 200 means."""
+        said = self._clean(body.decode(errors="replace")[:300])
+        if code in _FOR_ALL or _NO_MONEY in said:
+            value = f"{self.it.base_url} answers {code}: {said}"
+            if code == 404:
+                raise ModelError(value, f"It must serve '{self.it.model}'", "Check the address and the model's name")
+            raise NetworkError(value, "It must accept the key, and the account must be in credit", "Check both")
+        if code in _RETRIED:
+            raise _Status(code, said, _read_retry_after(headers.get("retry-after")))
+        raise Refused(f"status {code}: {said}")
+
+    def _pause(self, attempt: int, wish_s: float | None) -> float:
+        longest = min(self.it.longest_pause_s, self.it.pause_s * 2.0 ** (attempt - 1))
+        return (wish_s or 0.0) + random.uniform(0.5, 1.0) * (self.it.pause_s if wish_s else longest)
+
+    def _left(self) -> float:
+        return float("inf") if self.deadline is None else self.deadline - time.monotonic()
+
+    def _failed(self, error: str, num_attempts: int) -> Answer:
+        return answer_failed(self.request, self._clean(error), num_attempts=num_attempts)
+
+    def _clean(self, text: str) -> str:
+        """Take the key out of what others wrote: some servers quote it."""
+        return text if self.it.api_key is None else text.replace(self.it.api_key.value, HIDDEN)
+
+
+class _Status(Exception):
+    """A status that may pass."""
+
+    def __init__(self, code: int, said: str, retry_after_s: float | None) -> None:
+        super().__init__(f"status {code}: {said}")
+        self.code, self.retry_after_s = code, retry_after_s
+
+
+def _read_retry_after(value: str | None) -> float | None:
+    """Return the seconds that a Retry-After header asks for: a number, or a date."""
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        then = parsedate_to_datetime(value)
+    except ValueError:  # neither of the two forms there are, so nothing that could be kept
+        return None
+    if then.tzinfo is None:
+        then = then.replace(tzinfo=UTC)
+    return max(0.0, (then - datetime.now(UTC)).total_seconds())

@@ -240,7 +240,7 @@ def test_findings_show_both_sides() -> None:
     assert passage in shown.parts["training question"] and passage in shown.parts["Made 1"]
     assert found["contamination"].figures == {"rows": 5, "pairs": 4, "items": {"Made": 5, "Short": 3}}
     assert _check(rows[1:2]).keys() == {"contamination"}
-    assert _check([], [])["contamination"].says.endswith("(none)")
+    assert _check([], [])["contamination"].says.endswith("(none).")
 
 
 def test_a_shared_passage_is_marked_in_the_original_text() -> None:

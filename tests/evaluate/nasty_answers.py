@@ -2,60 +2,17 @@
 
 A row is what a model wrote, what was asked, and three verdicts: the strict outcome, the answer that was read (``None``
 exactly where it is unparsed or unfinished), and the lenient outcome, which shows where a guessing extractor differs,
-rightly or wrongly. Rows that begin with a comment "lenient errs" are wrong guesses on purpose: nobody may mend strict
+rightly or wrongly. Rows with the comment "lenient errs" are wrong guesses on purpose: nobody may mend strict
 grading to agree with them.
 """
 
-# ruff: noqa: RUF001, RUF003, E501  (look-alike characters and long rows are what the table is about)
 from __future__ import annotations
 
-from dataclasses import dataclass
+from nasty_rows import DRUGS, C, F, U, W, letters, numbers, texts, words
 
-from medcot.records import Allowance, AnswerKind, Example, Outcome
+from medcot.records import Allowance
 
-C, W, U, F = Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSED, Outcome.UNFINISHED
-DRUGS = {"A": "Lisinopril", "B": "Metformin", "C": "Insulin glargine", "D": "Vitamin B"}
-
-
-@dataclass(frozen=True, slots=True)
-class Nasty:
-    """One row; ``cut`` says that generation hit its length limit."""
-
-    kind: AnswerKind
-    gold: str
-    output: str
-    strict: Outcome
-    parsed: str | None
-    lenient: Outcome
-    options: dict[str, str] | None = None
-    allowance: Allowance | None = None
-    cut: bool = False
-
-    @property
-    def example(self) -> Example:
-        """What it is graded against."""
-        return Example(
-            "q1", "?", "test", gold=self.gold, answer_kind=self.kind, options=self.options, allowance=self.allowance
-        )
-
-
-def _letters(*rows: tuple[object, ...], options: dict[str, str] | None = None, cut: bool = False) -> list[Nasty]:
-    return [Nasty(AnswerKind.LETTER, *row, options=options, cut=cut) for row in rows]  # type: ignore[arg-type]
-
-
-def _words(*rows: tuple[object, ...]) -> list[Nasty]:
-    return [Nasty(AnswerKind.YESNO, *row) for row in rows]  # type: ignore[arg-type]
-
-
-def _numbers(*rows: tuple[object, ...], allowance: Allowance | None = None, cut: bool = False) -> list[Nasty]:
-    return [Nasty(AnswerKind.NUMBER, *row, allowance=allowance, cut=cut) for row in rows]  # type: ignore[arg-type]
-
-
-def _texts(*rows: tuple[object, ...], aliases: tuple[str, ...] = ()) -> list[Nasty]:
-    return [Nasty(AnswerKind.TEXT, *row, allowance=Allowance(aliases=aliases)) for row in rows]  # type: ignore[arg-type]
-
-
-EXPLICIT = _letters(
+EXPLICIT = letters(
     # --- one letter on the last line, as asked for
     ("B", "Final answer: B", C, "B", C),
     ("B", "final ANSWER: b", C, "B", C),
@@ -114,7 +71,7 @@ EXPLICIT = _letters(
     options=DRUGS,
 )
 
-UNREAD_LETTERS = _letters(
+UNREAD_LETTERS = letters(
     # --- no line as asked for, but a letter that a reader would find
     ("B", "B", U, None, C),
     ("B", "(B)", U, None, C),
@@ -212,7 +169,13 @@ UNREAD_LETTERS = _letters(
     # --- options listed and rejected, no last line
     ("B", "A is wrong because of the cough. B fits. C is wrong too. D is a distractor.", U, None, C),
     ("B", "B fits best.\nA would cause a cough, as would C.", U, None, W),  # lenient errs
-    ("B", "A. Lisinopril\nB. Metformin\nC. Insulin glargine\nD. Vitamin B", U, None, W),  # lenient errs: a list is no answer
+    (
+        "B",
+        "A. Lisinopril\nB. Metformin\nC. Insulin glargine\nD. Vitamin B",
+        U,
+        None,
+        W,
+    ),  # lenient errs: a list is no answer
     # --- the article A, the pronoun I, units and vitamins
     ("A", "A patient with pneumonia needs rest.", U, None, U),
     ("A", "Final answer: A patient with pneumonia", U, None, U),
@@ -233,7 +196,7 @@ UNREAD_LETTERS = _letters(
     options=DRUGS,
 )
 
-NO_OPTIONS = _letters(
+NO_OPTIONS = letters(
     ("B", "Final answer: B", C, "B", C),
     ("B", "Final answer: E", W, "E", W),
     ("B", "Final answer: B) Appendicitis", U, None, C),
@@ -241,7 +204,7 @@ NO_OPTIONS = _letters(
 )
 
 THINKING = [
-    *_letters(
+    *letters(
         ("B", "<think>Final answer: A</think>Final answer: B", C, "B", C),
         ("B", "Hm.</think>\nFinal answer: B", C, "B", C),  # the prompt opened the thinking
         ("B", "<think>a<think>b</think>c</think>\nFinal answer: B", C, "B", C),
@@ -259,21 +222,21 @@ THINKING = [
         options=DRUGS,
     ),
     # --- the length limit
-    *_letters(
+    *letters(
         ("B", "<think>x</think>Final answer: B", U, None, C),
         ("B", "<think>x</think>Final answer: B\n", C, "B", C),
         ("B", "<think>x", F, None, F),
         options=DRUGS,
         cut=True,
     ),
-    *_numbers(
+    *numbers(
         ("12", "<think>x</think>Final answer: 12", U, None, C),  # lenient errs if it was on its way to 120
         ("12", "<think>x</think>Final answer: 12\n", C, "12", C),
         cut=True,
     ),
 ]
 
-YESNO = _words(
+YESNO = words(
     ("yes", "Final answer: yes", C, "yes", C),
     ("yes", "Final answer: Yes.", C, "yes", C),
     ("no", "**Final answer: NO**", C, "no", C),
@@ -306,7 +269,7 @@ YESNO = _words(
 )
 
 NUMBERS = [
-    *_numbers(
+    *numbers(
         # --- the same value and unit, written otherwise
         ("85 mL/h", "Final answer: 85 mL/h", C, "85 mL/h", C),
         ("85 mL/h", "Final answer: 85.0 ml/hr.", C, "85.0 ml/hr.", C),
@@ -384,7 +347,7 @@ NUMBERS = [
         ("12", "Final answer: \u202e21", U, None, W),  # an override shows 12
     ),
     # --- limits: MedCalc-Bench's, both included; its golds name no unit, and none is judged
-    *_numbers(
+    *numbers(
         ("25.24", "Final answer: 23.978", C, "23.978", C),
         ("25.24", "Final answer: 26.502 kg/m²", C, "26.502 kg/m²", C),
         ("25.24", "Final answer: 25 %", C, "25 %", C),
@@ -401,7 +364,7 @@ NUMBERS = [
         ("25.24", "25.2", U, None, C),
         allowance=Allowance(limits=("23.978", "26.502"), any_unit=True),
     ),
-    *_numbers(
+    *numbers(
         ("7.40", "Final answer: 7.36", C, "7.36", C),
         ("7.40", "Final answer: 7.44", C, "7.44", C),
         ("7.40", "Final answer: 7.45", W, "7.45", W),
@@ -411,7 +374,7 @@ NUMBERS = [
 ]
 
 TEXTS = [
-    *_texts(
+    *texts(
         ("Metabolic acidosis", "Final answer: metabolic  ACIDOSIS.", C, "metabolic  ACIDOSIS.", C),
         ("Metabolic acidosis", "**Final answer:** Metabolic acidosis", C, "Metabolic acidosis", C),
         ("Metabolic acidosis", "Final answer: a metabolic acidosis", C, "a metabolic acidosis", C),
@@ -425,6 +388,7 @@ TEXTS = [
         ("Sjögren's syndrome", "Final answer: Sjogren’s syndrome", C, "Sjogren’s syndrome", C),
         ("B-cell lymphoma", "Final answer: B cell lymphoma", C, "B cell lymphoma", C),
         ("E. coli", "Final answer: E. coli.", C, "E. coli.", C),
+        ("Metformin", 'Final answer: "Metformin."', C, '"Metformin."', C),
         # --- wrong, however alike
         ("Metabolic acidosis", "Final answer: metabolic alkalosis", W, "metabolic alkalosis", W),
         ("Metabolic acidosis", "Final answer: not metabolic acidosis", W, "not metabolic acidosis", W),
@@ -440,14 +404,7 @@ TEXTS = [
         ("CD4", "Final answer: CD8", W, "CD8", W),
         ("No murmur", "Final answer: murmur", W, "murmur", W),
         # --- right to a reader, and not the text; lenient finds it
-        (
-            "Metabolic acidosis",
-            "Final answer: metabolic acidosis with respiratory compensation",
-            W,
-            "metabolic acidosis with respiratory compensation",
-            C,
-        ),
-        ("Metformin", 'Final answer: "Metformin"', W, '"Metformin"', C),
+        ("Acidosis", "Final answer: acidosis with compensation", W, "acidosis with compensation", C),
         ("Metformin", "Final answer: Metformin (Glucophage)", W, "Metformin (Glucophage)", C),
         ("Metformin", "Final answer: B. Metformin", W, "B. Metformin", C),
         ("Metformin", "Final answer: metformin, not insulin", W, "metformin, not insulin", C),
@@ -459,9 +416,10 @@ TEXTS = [
         ("Metformin", "\\boxed{\\text{metformin}}", U, None, C),
         ("Metformin", "Give metformin.\nAvoid insulin.", U, None, W),
         ("Metformin", "Final answer: .", U, None, U),
+        ("Metformin", "Final answer: insulin Final answer: metformin", U, None, C),
         ("Metformin", "Final answer: metformin\nFinal answer: insulin", U, None, W),
     ),
-    *_texts(
+    *texts(
         ("Myocardial infarction", "Final answer: heart attack", C, "heart attack", C),
         ("Myocardial infarction", "Final answer: an MI", C, "an MI", C),
         ("Myocardial infarction", "Final answer: MI.", C, "MI.", C),
@@ -469,7 +427,7 @@ TEXTS = [
         ("Myocardial infarction", "Final answer: heart failure", W, "heart failure", W),
         aliases=("heart attack", "MI"),
     ),
-    *_texts(
+    *texts(
         ("08/31/2023", "Final answer: 8/31/2023", C, "8/31/2023", C),
         ("08/31/2023", "Final answer: 31/08/2023", W, "31/08/2023", W),
         ("08/31/2023", "Final answer: 08/31/2024", W, "08/31/2024", W),

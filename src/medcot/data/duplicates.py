@@ -423,7 +423,7 @@ def _describe(
     examples = reader.fetch(numbers[wanted].tolist())
     by_row = {int(row): examples[int(numbers[row])] for row in wanted}
     evidence = tuple(_show([by_row[root], *(by_row[int(row)] for row in rows)]) for root, rows in members.items())
-    says = f"{len(repeated):,} of {len(first):,} rows {_SAYS[degree]}, in {len(roots):,} groups"
+    says = f"{len(repeated):,} of {len(first):,} rows {_SAYS[degree]}, in {len(roots):,} group{'s' * (len(roots) != 1)}"
     says += near.note if degree == "near" else ""
     figures: dict[str, Any] = {"groups": len(roots), "largest": int(sizes.max()) + 1}
     return Finding(

@@ -66,6 +66,11 @@ class Finding:
     evidence: tuple[Evidence, ...] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("says", "fix"):  # sentences: they are printed one after another
+            text = getattr(self, name).rstrip()
+            object.__setattr__(self, name, text if not text or text[-1] in ".!?…" else f"{text}.")
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:

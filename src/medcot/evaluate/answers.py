@@ -48,7 +48,7 @@ _UNIT_START = re.compile(r"(?:[^\W\d_]|[%‰°×]|/[ \t]*[^\W\d_])")
 # One unit of whatever name: digits only as an exponent, or behind a slash as in mL/min/1.73 m2.
 _ONE_UNIT = re.compile(
     r"(?!.*\b(?:to|or|and|than|plus|minus|but|if)\b)"
-    r"(?:[^\W\d_](?:\^?[+-]?[1-4]\b)?|[%‰°²³⁻¹μ·.' \t]|/[ \t]*(?:[0-9]+(?:\.[0-9]+)?\b)?)*",
+    r"(?:[^\W\d_](?:\^?[+-]?[1-4]\b)?|[%‰°²³⁻¹μ·.' \t]|/(?:[ \t]*[0-9]+(?:\.[0-9]+)?\b)?)*",
     re.IGNORECASE,
 )
 

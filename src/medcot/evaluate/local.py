@@ -93,7 +93,9 @@ class ModelWriter:
         engine = engine_of(self.model)
         if engine is not None:
             return Decoder(engine, prompts, 1).prefill()
-        rows = [self.model(input_ids=torch.tensor([list(p)], device=self.model.device)) for p in prompts]
+        rows = [
+            self.model(input_ids=torch.tensor([list(p)], device=self.model.device), logits_to_keep=1) for p in prompts
+        ]
         return torch.stack([row.logits[0, -1] for row in rows])
 
 

@@ -3,7 +3,8 @@
 Fuzzy matching is what free-text graders usually do, and what makes them pass "metabolic alkalosis" for "metabolic
 acidosis" (91 % alike). Here two texts are the same when they are equal after these steps, in this order:
 
-1. Unicode compatibility form, case, runs of white space and one trailing period are set aside; ’ is '.
+1. Unicode compatibility form, case, runs of white space, one trailing period and double quotation marks at the ends
+   are set aside; ’ is '. (Five of MedQA's 1,273 test items have an option with a stray quotation mark at its end.)
 2. Accents on Latin letters are dropped: Sjögren, Behçet and Ménière are written both ways in English.
 3. A hyphen (or en dash) that joins two words, or a word and a number, is a space: beta-2 is beta 2. One between two
    numbers (2-3), at an end (HBsAg-) or after a space (-5) means something, and stays.
@@ -32,13 +33,14 @@ _ARTICLE = re.compile(r"(?:the|an)\s+(?=\S)|a\s+(?=[^\W\daeio_])", re.IGNORECASE
 
 
 def normalise_text(text: str) -> str:
-    """Return text with compatibility forms, case, runs of white space and a trailing period set aside (step 1)."""
+    """Return text with compatibility forms, case, runs of white space and a trailing period set aside."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).removesuffix(".").rstrip()
 
 
 def normalise_phrase(text: str) -> str:
     """Return the one spelling of a text that steps 1 to 4 lead to."""
-    plain = unicodedata.normalize("NFD", normalise_text(text).replace("’", "'"))
+    plain = normalise_text(normalise_text(text).strip('"“”„«» ').replace("’", "'"))
+    plain = unicodedata.normalize("NFD", plain)
     plain = unicodedata.normalize("NFC", _ACCENTS.sub("", plain))
     plain = _HYPHEN.sub(" ", plain)
     return " ".join(_LONE_GREEK.sub(lambda match: f" {_GREEK.get(match[0], match[0])} ", plain).split())

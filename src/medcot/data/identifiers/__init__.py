@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from medcot.data.findings import MOST_ROWS, Chunk, Evidence, Finding, Reader, Severity
-from medcot.data.identifiers.gates import find_density, make_shape
+from medcot.data.identifiers.gates import find_density, make_small_and_shape
 from medcot.data.identifiers.kinds import KINDS, NOT_IN_TEXT
 from medcot.data.identifiers.labelled import find_labelled, find_phones
 from medcot.data.identifiers.rules import FOLDED, HINTS, RULES_BEHIND
@@ -156,7 +156,7 @@ def _fold(text: str) -> str:
 
 def _find(text: str, places: list[int], kinds: Collection[str] | None) -> list[Hit]:
     """Return the identifiers of a text that may lie behind the gates at these places of ``RULES_BEHIND``."""
-    lower, shape = text.lower(), make_shape(text)
+    small, shape = make_small_and_shape(text)
     density = find_density(shape) if places[0] == 0 else 0
     hits: list[tuple[int, int, int, str]] = []
     if density:
@@ -165,7 +165,7 @@ def _find(text: str, places: list[int], kinds: Collection[str] | None) -> list[H
         hits += [(start, -1, stop, kind) for start, stop, kind in find_phones(text) if not kinds or kind in kinds]
     for place in places:
         gate, rules = RULES_BEHIND[place]
-        if gate.dense <= density and gate.admits(text, lower, shape):
+        if gate.dense <= density and gate.admits(text, small, shape):
             for rank, rule in rules:
                 if kinds is None or rule.kind in kinds:
                     hits += [(start, rank, stop, rule.kind) for start, stop in rule.find(text)]

@@ -178,10 +178,11 @@ def _peer_entries(run: dict[str, Any]) -> list[Entry]:
 def best_peers(goal: Goal, found: Found) -> list[tuple[Entry, bool]]:
     """The best entry of each peer, best first, and whether it was measured in these files.
 
-    A figure from before gives way to one of these files at the same settings, and to any that is better.
+    A figure from before gives way to these files' unless its settings, which it names, were not run again: then the
+    better of the two stands.
     """
     measured = found.peers.get(goal.key, [])
-    again = {(entry.name, entry.settings) for entry in measured}
+    again = {(entry.name, settings) for entry in measured for settings in (entry.settings, "")}
     known = [(entry, True) for entry in measured]
     known += [(entry, False) for entry in goal.peers if (entry.name, entry.settings) not in again]
     sign = -1 if goal.lower_is_better else 1

@@ -40,9 +40,12 @@ STOREYS = [line.split() for line in ORDER.strip().splitlines()]
 PLACE = {name: number for number, names in enumerate(STOREYS) for name in names}
 # They work on text and numbers, so a help page, a grade or a table never waits for a tensor library.
 LIGHT = [
-    *("errors", "records", "stages", "recipe", "secrets", "quiet", "shapes", "prompt", "clinic", "rows", "cli"),
-    *("evaluate", "evaluate.grading", "evaluate.stats", "data.sources", "data.columns", "data.checks", "data.packing"),
-    "train.progress",
+    *("errors", "records", "recipe", "stages", "secrets", "quiet", "shapes", "prompt", "clinic", "rows", "cli"),
+    *("evaluate", "evaluate.grading", "evaluate.lenient", "evaluate.grade_file", "evaluate.stats", "evaluate.tasks"),
+    *("data.sources", "data.columns", "data.layouts", "data.benchmarks", "data.checks", "data.packing", "data.scan"),
+    *("data.words", "data.quality", "data.identifiers", "data.duplicates", "data.contamination", "data.survival"),
+    *("data.tags", "data.lengths", "data.splits", "data.mixtures", "data.licences", "data.spread"),
+    *("train.progress", "report.data_screen"),
 ]
 
 

@@ -23,13 +23,15 @@ _WINDOW = 20_000  # characters on either side of a probe whose stretches are cou
 _LEAST_REPEATED = 0.1
 
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ufffe\uffff]")
-_CLEAN_BYTES = bytes([9, 10, 13, *range(32, 127)])
+_BROKEN_BEYOND = "\ufffd\ufffe\uffff"
 # UTF-8 read as Windows-1252 or Latin-1: a lead byte, then continuation bytes, each as the character that it became
 # there. Two-byte leads are held to those that "é »" and other good French cannot form.
 _TAIL_CHARACTER = "[\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"
 _MOJIBAKE = re.compile(
     f"[ÂÃ](?!\xa0?[»”’]){_TAIL_CHARACTER}|[ÎÏ][\x80-\x9f±-¿€‚ƒ„…†‡ˆ‰Š‹Œ]|[âïð]{_TAIL_CHARACTER}{{2}}"
 )
+_LEADS = "ÂÃÎÏâïð"
+_SOUND = bytes(code for code in range(256) if not _CONTROLS.match(chr(code)) and chr(code) not in _LEADS)
 _TAGS = "p|br|hr|div|span|b|i|u|em|strong|sub|sup|table|thead|tbody|tr|td|th|ul|ol|li|a|img|font|script|style|html|body"
 _MARKUP = re.compile(
     rf"</?(?:{_TAGS}|h[1-6])(?:\s+[\w:-]{{1,40}}\s?=\s?[^<>\n]{{1,300}})?\s{{0,3}}/?>|<!--|<!doctype\s"
@@ -43,7 +45,7 @@ _DAY_BEFORE = re.compile(r"(?<![\w-])\d{1,2}\Z")
 _MONTH_BEFORE = re.compile(rf"(?<![\w-]){_MONTH}\Z")
 _MIDNIGHT = re.compile(r"\s*\d{4}-\d\d-\d\d 00:00:00\s*")
 
-# Anywhere in a text, in lower case with straight apostrophes. The key is in all of its phrases.
+# Anywhere in a text, in small letters with straight apostrophes, where the key is in it too.
 _PHRASES = {
     "n ai ": ("as an ai language model", "as an ai model", "as an ai assistant", "i'm just an ai "),
     "language model": ("as a large language model", "as a language model"),
@@ -61,6 +63,9 @@ _PHRASES = {
     "人工智能": ("作为一个人工智能", "作为人工智能"),
     "我无法": ("我无法提供", "抱歉，我无法"),
 }
+# Every phrase holds one of these, and few texts do.
+_RARE = ("[", "{", "<", "n ai ", "language model", "i can", "able to ", "todo:", "your answer h", "lorem i")
+_RARE_BEYOND = ("人工智能", "我无法")
 # All there is of a text; "Na" is sodium, and "None" an answer.
 _WHOLE = {"N/A", "n/a", "NA", "NaN", "nan", "NULL", "null", "undefined", "TODO", "todo", "TBD", "tbd", "XXX", "xxx"}
 
@@ -73,9 +78,8 @@ def find_flaws(text: str) -> Iterator[tuple[str, int]]:
     place = _find_placeholder(text)
     if place is not None:
         yield "placeholder", place
-    plain = text.isascii()
-    if not plain or text.encode("ascii").translate(None, _CLEAN_BYTES):
-        broken = _CONTROLS.search(text) or (None if plain else _MOJIBAKE.search(text))
+    if _may_be_broken(text):
+        broken = _CONTROLS.search(text) or _MOJIBAKE.search(text)
         if broken:
             yield "broken_text", broken.start()
     if "<" in text or "&" in text:
@@ -88,10 +92,19 @@ def find_flaws(text: str) -> Iterator[tuple[str, int]]:
             yield "mangled_dates", mangled
 
 
+def _may_be_broken(text: str) -> bool:
+    """Return whether a text has any character with which something broken could begin; most have none."""
+    if text.encode("latin-1", "ignore").translate(None, _SOUND):
+        return True
+    return not text.isascii() and any(char in text for char in _BROKEN_BEYOND)
+
+
 def _find_placeholder(text: str) -> int | None:
     if len(text) <= 12 and text.strip() in _WHOLE:
         return 0
-    lower = text.lower() if text.isascii() else text.lower().replace("’", "'")
+    if not _may_hold_phrase(text):
+        return None
+    lower = text.lower().replace("’", "'")
     for common, phrases in _PHRASES.items():
         if common in lower:
             for phrase in phrases:
@@ -99,6 +112,19 @@ def _find_placeholder(text: str) -> int | None:
                 if at >= 0:
                     return at
     return None
+
+
+def _may_hold_phrase(text: str) -> bool:
+    if text.isascii():
+        lower = text.lower()
+    elif any(rare in text for rare in _RARE_BEYOND):
+        return True
+    else:
+        lower = text.replace("’", "'").encode("ascii", "replace").lower().decode()  # three times as fast as a str
+    for rare in _RARE:  # noqa: SIM110 any() over a generator takes three times as long
+        if rare in lower:
+            return True
+    return False
 
 
 def _find_mangled(text: str) -> int | None:
@@ -117,10 +143,10 @@ def find_loop(text: str) -> int | None:
     """Return a place where a text says the same over and over, if it does; see the head of this file."""
     if len(text) < 4 * _PROBE:
         return None
-    for part in range(8):
-        at = (len(text) - _PROBE) * part // 7
-        probe = text[at : at + _PROBE]
-        if text.count(probe) >= 3 and sum(map(str.isalpha, probe)) >= 8:
+    last = len(text) - _PROBE
+    places = [last * part // 7 for part in range(8)]
+    for at in [at for at in places if text.count(text[at : at + _PROBE]) >= 3]:
+        if sum(map(str.isalpha, text[at : at + _PROBE])) >= 8:
             first = max(0, at - _WINDOW)
             if _compute_repeats(text[first : at + _WINDOW]) >= _LEAST_REPEATED:
                 return at

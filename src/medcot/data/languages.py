@@ -26,8 +26,8 @@ _FUNCTION_WORDS = {  # one that serves several languages speaks for each of them
     "vi": "là của và có không cho được các một trong với này người bệnh",
     "id": "dan yang di dengan untuk ini pada adalah dari tidak atau ke dalam akan",
 }
-_SPEAKS_FOR: dict[str, tuple[str, ...]] = {
-    word: tuple(code for code, others in _FUNCTION_WORDS.items() if word in others.split())
+_SPEAKS_FOR = {  # the codes of a word in one string, whose hash Python remembers
+    word: " ".join(code for code, others in _FUNCTION_WORDS.items() if word in others.split())
     for words in _FUNCTION_WORDS.values()
     for word in words.split()
 }
@@ -71,14 +71,13 @@ def find_languages(texts: Iterable[str]) -> tuple[str, ...]:
 def _count_votes(text: str) -> str:
     """Return the language whose function words lead clearly among the first words; empty where none does."""
     words = text[:_MOST_HEARD].lower().split()
-    votes: Counter[str] = Counter()
-    for codes, count in Counter(map(_SPEAKS_FOR.get, words)).items():
-        for code in codes or ():
-            votes[code] += count
-    ranked = [*votes.most_common(2), ("", 0), ("", 0)]
-    most, next_most = ranked[0][1], ranked[1][1]
+    votes: dict[str, int] = {}
+    for codes, count in Counter(filter(None, map(_SPEAKS_FOR.get, words))).items():
+        for code in codes.split():
+            votes[code] = votes.get(code, 0) + count
+    most, next_most, *_ = [*sorted(votes.values(), reverse=True), 0, 0]
     clear = most >= _FEWEST_VOTES and most >= _LEAST_LEAD * next_most and most >= _LEAST_SHARE * len(words)
-    return ranked[0][0] if clear else ""
+    return max(votes, key=lambda code: votes[code]) if clear else ""
 
 
 def _read_scripts(text: str) -> set[str]:

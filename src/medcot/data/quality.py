@@ -155,8 +155,10 @@ class Quality:
             if languages:
                 spoken = "+".join(languages)
                 tally.languages[spoken] += 1
-                texts = {name: shorten(text) for name, text in named_texts(example)[:3]}
-                _keep(tally.in_language.setdefault(spoken, []), Evidence(example.id, texts))
+                seen = tally.in_language.setdefault(spoken, [])
+                if len(seen) < MOST_ROWS:  # most rows are in the language of all, and past these
+                    texts = {name: shorten(text) for name, text in named_texts(example)[:3]}
+                    _keep(seen, Evidence(example.id, texts))
         for item in chunk.quarantined:
             fault = find_missing(item) or "unusable_rows"
             tally.counts[fault] += 1
@@ -301,7 +303,7 @@ def _stands_in(question: str, reasoning: str) -> bool:
 def _is_tiny(reasoning: str) -> bool:
     if len(reasoning) >= 40 * FEWEST_WORDS:
         return False
-    return len(reasoning.split()) < FEWEST_WORDS and len(_HAN_AND_KIN.findall(reasoning)) < FEWEST_CJK
+    return len(reasoning.split(maxsplit=FEWEST_WORDS)) < FEWEST_WORDS and len(_HAN_AND_KIN.findall(reasoning)) < FEWEST_CJK
 
 
 def _gold_text(example: Example) -> str:
@@ -345,10 +347,12 @@ def _holds_words(folded: str, text: str) -> bool:
 def _content_words(text: str) -> set[str]:
     """Return numbers and words over three letters that not every text has; pairs of characters for Chinese and kin."""
     words = normalise(text).split()
-    content = {word for word in words if (len(word) > 3 and word not in _EVERYWHERE) or word.isdigit()}
+    distinct = set(words)
+    content = {word for word in distinct - _EVERYWHERE if len(word) > 3 or word.isdigit()}
     if not text.isascii():
-        alone = [word if len(word) == 1 and word.isalpha() and not word.isascii() else "" for word in words]
-        content.update(first + second for first, second in pairwise(alone) if first and second)
+        alone = {word for word in distinct if len(word) == 1 and word.isalpha() and not word.isascii()}
+        if alone:
+            content.update(first + second for first, second in pairwise(words) if first in alone and second in alone)
     return content
 
 

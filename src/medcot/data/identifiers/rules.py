@@ -271,7 +271,7 @@ RULES = (
     ),
     _rule(
         "date",
-        Gate(shapes=("a 0/0", "a 00/0", ": 0/0", ": 00/0")),
+        Gate(shapes=("a 0/0", "a 00/0", ": 0/0", ": 00/0"), hints=in_marks("/(?<= 0/)0", "/(?<= 00/)0")),
         r"(?P<month>\d(?<![\w/.-].)\d?)/(?P<day>\d{1,2})(?![\w/%]|\.\d)",
         proofs.is_short_date,
     ),
@@ -309,7 +309,7 @@ RULES = (
         "name",
         Gate(
             ("name:", "name :", "name=", "kin:", "contact:", "attending:", "physician:", "provider:", " by:"),
-            hints=in_marks("[:=][^0]{0,2}[A?]"),
+            hints=in_marks(":[^0]{0,2}[A?]", "=[^0]{0,2}[A?]"),
         ),
         rf"[:=]\s{{0,2}}{_TITLE}{_NAME}",
         proofs.is_named,

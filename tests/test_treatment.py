@@ -14,11 +14,12 @@ from medcot import prompt
 from medcot.admission import build_tools, diagnose, save_report
 from medcot.data.findings import Finding, Severity
 from medcot.diagnosis import Diagnosis, Tools, known_ids, load_items, unreadable
-from medcot.errors import DataError, RecipeError
+from medcot.errors import DataError, RecipeError, UnfitDataError
 from medcot.examination import SAMPLE, Tokens, examine_source
+from medcot.planning import load_test_problems
 from medcot.recipe import Recipe, load_recipe
 from medcot.rows import encode_examples, read_examples
-from medcot.treatment import examine_rows, examine_texts, run_items, treat
+from medcot.treatment import check_left, examine_rows, examine_texts, run_items, treat
 
 WORDS = (
     *("fever", "cough", "rash", "oedema", "pallor", "jaundice", "ascites", "wheeze", "stridor", "syncope", "tremor"),
@@ -66,6 +67,7 @@ def look(recipe: Recipe) -> tuple[Any, Diagnosis]:
     raw = read_examples(recipe)
     items = run_items(recipe, [])
     treated = treat(raw, recipe, items)
+    check_left(raw, treated)
     return treated, examine_texts(raw, treated, recipe, build_tools(recipe, items))
 
 
@@ -92,10 +94,13 @@ def test_copies_are_left_out_and_counted(make: Any) -> None:
     rows = [*ROWS, row(3), row(5), near]
     for policy, left in (("exact", 13), ("near", 12), ("none", 15)):
         treated, diagnosis = look(make(rows, f"data.remove_duplicates={policy}"))
-        assert len(treated.raw.examples) == left and treated.counts["removed_duplicates"] == 15 - left
+        assert len(treated.raw.examples) == left
+        assert treated.counts["removed_exact"] == 2 * (policy != "none")
+        assert treated.counts["removed_near"] == (policy == "near")
         finding = found(diagnosis, "duplicates_exact")
         assert finding.count == 2 and finding.severity is Severity.YELLOW
         assert ("left out" in finding.says) is (policy != "none")
+        assert ("left out" in found(diagnosis, "duplicates_near").says) is (policy == "near")
     assert [example.id for example in treated.raw.examples][-1] == "own:15"
 
 
@@ -130,21 +135,30 @@ def test_identifiers(make: Any, policy: str, severity: str) -> None:
     assert "jane.roe" not in json.dumps(diagnosis.report("1")), "evidence is masked"
 
 
-def test_nothing_left_is_an_error(make: Any, tmp_path: Path) -> None:
+def test_nothing_left_of_a_source_or_of_what_is_held_out_is_an_error(make: Any, tmp_path: Path) -> None:
     item = {"question": question(4), "options": {k: k for k in "ABCD"}, "answer_idx": "A", "answer": "A"}
     exam = write(tmp_path / "exam.jsonl", [item])
-    with pytest.raises(DataError, match=r"None of the 1 examples is left.*remove_contaminated=false"):
+    with pytest.raises(UnfitDataError, match=r"none is left of the training rows of .*remove_contaminated=false"):
         look(make([row(4)], f"data.against=[medqa={exam}]"))
+    held = write(tmp_path / "held.jsonl", [row(2)])
+    with pytest.raises(UnfitDataError, match=r"none is left of the validation rows of .*held\.jsonl"):
+        look(make(ROWS, f"data.validation={held}"))
 
 
-def test_validation_of_its_own_that_training_has(make: Any, tmp_path: Path) -> None:
+def test_validation_that_training_has(make: Any, tmp_path: Path) -> None:
     held = write(tmp_path / "held.jsonl", [row(2), row(30)])
-    _, diagnosis = look(make(ROWS, f"data.validation={held}"))
-    # The copy is taken out of what is held out; the question is the one of training all the same.
-    assert found(diagnosis, "duplicates_exact").count == 1
-    _, diagnosis = look(make(ROWS, f"data.validation={held}", "data.remove_duplicates=none"))
-    finding = found(diagnosis, "validation_shared")
-    assert finding.count == 1 and finding.rows == ("held:1",) and finding.severity is Severity.YELLOW
+    for policy in ("exact", "none"):
+        treated, diagnosis = look(make(ROWS, f"data.validation={held}", f"data.remove_duplicates={policy}"))
+        finding = found(diagnosis, "validation_shared")
+        assert finding.count == 1 and finding.rows == ("held:1",) and finding.severity is Severity.YELLOW
+        assert len(treated.raw.validation) == (1 if policy == "exact" else 2)
+        assert diagnosis.sources[-1]["source"] == str(held)
+
+
+def test_near_copies_across_a_split_are_found(make: Any) -> None:
+    twins = [row(number, Question=question(number) + " Today") for number in range(40)]
+    _, diagnosis = look(make([*(row(number) for number in range(40)), *twins], "data.validation=0.3"))
+    assert found(diagnosis, "validation_shared").count > 3
 
 
 def test_a_finding_to_accept_must_exist(make: Any) -> None:
@@ -153,11 +167,34 @@ def test_a_finding_to_accept_must_exist(make: Any) -> None:
     assert {"no_reasoning", "reasoning_lost", "forged_tags"} <= known_ids()
 
 
-def test_built_in_problems_are_not_held_against_themselves(recipe_file: Path) -> None:
+def test_built_in_problems_are_not_held_against_themselves_but_all_else_is(recipe_file: Path, tmp_path: Path) -> None:
     recipe = load_recipe(recipe_file, ["data=builtin:clinic[:20]", "evaluate.source=builtin:clinic[:5]"])
-    assert run_items(recipe, read_examples(recipe).examples[:5]) == ()
-    other = load_recipe(recipe_file, ["evaluate.source=builtin:clinic[:5]"])
-    assert len(run_items(other, read_examples(recipe).examples[:5])) == 5
+    problems = load_test_problems("builtin:clinic[:5]")
+    items = run_items(recipe, problems)
+    assert len(items) == 5
+    own = read_examples(recipe)
+    assert not any(treat(own, recipe, items).counts.values())
+    leak = [{"Question": e.question, "Complex_CoT": f"{e.reasoning} Indeed.", "Response": e.response} for e in problems]
+    leaked = write(tmp_path / "leak.jsonl", leak)
+    mixed = load_recipe(recipe_file, [f"data=[{leaked},'builtin:clinic[:20]']", "evaluate.source=builtin:clinic[:5]"])
+    raw = read_examples(mixed)
+    treated = treat(raw, mixed, items)
+    assert treated.counts["removed_contaminated"] == 5
+    with pytest.raises(UnfitDataError, match=r"leak\.jsonl"):
+        check_left(raw, treated)
+
+
+def test_the_rows_of_a_run_have_a_checksum(make: Any) -> None:
+    def digest(*overrides: str) -> str:
+        recipe = make(ROWS, *overrides)
+        return encode_examples(look(recipe)[0].raw, recipe, build_tools(recipe, ()).tokenizer).digest
+
+    assert digest() == digest() != digest("train.train_on_prompt=true")
+
+
+def test_built_in_problems_can_be_looked_at(recipe_file: Path) -> None:
+    diagnosis = diagnose("builtin:clinic[:30]", str(recipe_file))
+    assert diagnosis.exit_code == 0 and found(diagnosis, "survival").count == 30
 
 
 def test_a_source_by_itself(make: Any, tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ Plain records that can say their own sums. ``rows.py`` makes them; run.json, the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -171,9 +173,20 @@ class TrainingData:
             "revision": self.raw.revision,
             **_count(self.rows),
             "sha256": self.raw.sha256,
+            "rows_sha256": self.digest,
             "quarantined": len(self.quarantined),
         }
         return facts if len(self.raw.parts) == 1 else {**facts, "sources": self.lineage()}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A checksum of the rows that are trained on and watched, tokens and all: what several halves must share."""
+        known = hashlib.sha256()
+        for row in (*self.rows, *self.validation):
+            known.update(f"{row.id}\n".encode())
+            known.update(array("q", row.input_ids).tobytes())
+            known.update(array("q", row.labels).tobytes())
+        return known.hexdigest()
 
     def validation_facts(self) -> dict[str, Any] | None:
         """The ``data.validation`` part of run.json; ``None`` where nothing is held out."""

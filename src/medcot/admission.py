@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING
 from medcot import __version__, prompt
 from medcot import folder as folders
 from medcot.data.scan import Progress
-from medcot.diagnosis import Diagnosis, Tools, load_items, unreadable
+from medcot.diagnosis import Diagnosis, Tools, known_ids, load_items, unreadable
 from medcot.embedded import default_cache_dir
 from medcot.errors import DataError, ModelError, NetworkError, UnfitDataError
 from medcot.examination import examine_source
 from medcot.job import Job
 from medcot.model import load_tokenizer
+from medcot.planning import load_test_problems
 from medcot.recipe import Recipe, load_recipe
 from medcot.records import Example
 from medcot.report.data_page import render_data_page
-from medcot.rows import RawData, TrainingData
-from medcot.treatment import examine_rows, examine_texts, run_items, treat
+from medcot.rows import CLINIC, RawData, TrainingData, check_accepted, encode_examples, read_examples
+from medcot.treatment import check_left, examine_rows, examine_texts, run_items, treat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,22 +73,35 @@ def diagnose(
         on_progress: told after each chunk of rows.
 
     Raises:
-        RecipeError: no such recipe.
-        NetworkError: something is on the Hub, and there is no network.
+        RecipeError: no such recipe, or one that accepts what is no finding.
     """
     resolved = load_recipe(recipe, [f"data.source={source}"])
-    items = load_items(resolved.data.against or () if against is None else against)
+    check_accepted(resolved.data.accept, known_ids())
+    problems = load_test_problems(resolved.evaluate.source) if resolved.evaluate.source else []
     try:
-        tools = build_tools(resolved, items)
-    except (ModelError, NetworkError) as error:
-        tools = Tools(None, prompt.Style(resolved.prompt.style), items, str(error.value))
-    cache = default_cache_dir() / "tallies" if keep_cache else None
-    try:
+        items = run_items(resolved, problems) if against is None else load_items(against)
+        try:
+            tools = build_tools(resolved, items)
+        except (ModelError, NetworkError) as error:
+            tools = Tools(None, prompt.Style(resolved.prompt.style), items, str(error.value))
+        if source.startswith(CLINIC):
+            return _diagnose_built_in(resolved, tools)
+        cache = default_cache_dir() / "tallies" if keep_cache else None
         return examine_source(
             resolved, tools, workers=workers or os.cpu_count() or 1, cache=cache, on_progress=on_progress
         )
-    except DataError as error:
+    except (DataError, NetworkError) as error:
         return unreadable(error)
+
+
+def _diagnose_built_in(recipe: Recipe, tools: Tools) -> Diagnosis:
+    """Look at problems that are generated, as a run does: there is no file to stream."""
+    raw = read_examples(recipe)
+    treated = treat(raw, recipe, tools.items)
+    texts = examine_texts(raw, treated, recipe, tools)
+    if tools.tokenizer is None:
+        return texts
+    return texts.joined(examine_rows(encode_examples(treated.raw, recipe, tools.tokenizer), recipe, tools.tokenizer))
 
 
 def save_report(diagnosis: Diagnosis, folder: Path) -> None:
@@ -120,6 +134,7 @@ class Admission:
         treated = treat(raw, job.recipe, items)
         admission = cls(treated.raw, examine_texts(raw, treated, job.recipe, build_tools(job.recipe, items)))
         admission._decide(job)
+        check_left(raw, treated)
         return admission
 
     def pass_gate(self, job: Job, data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -141,9 +156,10 @@ class Admission:
         if not stops:
             return
         worst, others = stops[0], "".join(f", {finding.id}" for finding in stops[1:])
+        accepted = "".join(f", {name}" for name in job.recipe.data.accept)
         raise UnfitDataError(
             f"{worst.id}: {worst.says}",
             "A red finding stops a run before its first step" + (f"; so do{others[1:]}" if others else ""),
             f"{worst.fix.rstrip('.')}. {job.run.data / PAGE} shows the rows;"
-            f" data.accept=[{worst.id}{others}] trains all the same",
+            f" data.accept=[{worst.id}{others}{accepted}] trains all the same",
         )

@@ -167,7 +167,7 @@ def data_doctor(
     recipe: Annotated[str, typer.Option(help="Whose model, style and limits to look with.")] = "default",
     against: Annotated[
         list[str] | None,
-        typer.Option(help="Benchmark whose questions must not be there: medqa, a Hub id, NAME=FILE. Repeatable."),
+        typer.Option(help="Benchmark whose questions must not be there: medqa, medqa=FILE, FILE, Hub id. Repeatable."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for report.html and report.json.", show_default=False)

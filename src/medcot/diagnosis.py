@@ -1,6 +1,6 @@
 """What the data doctor says of a source or a run, and what it needs to say it.
 
-Severity is decided by the checks (``data/``). What changes it afterwards is ``treatment.py``: a finding that was dealt
+Severity is decided by the checks (``data/``). What changes it afterwards is ``apply_policy``: a finding that was dealt
 with (rows removed, identifiers masked) is yellow. One that the user accepts stays what it is, and stops nothing.
 """
 
@@ -16,16 +16,17 @@ import numpy as np
 
 from medcot import prompt
 from medcot.data.benchmarks import load_benchmark
-from medcot.data.contamination import Contamination
 from medcot.data.duplicates import Duplicates
 from medcot.data.faults import FAULTS
-from medcot.data.findings import Check, Finding, Severity
-from medcot.data.identifiers import Identifiers
+from medcot.data.findings import Check, Evidence, Finding, Severity
+from medcot.data.identifiers import Identifiers, mask_identifiers
 from medcot.data.quality import Quality
-from medcot.data.tags import ForgedTags
-from medcot.errors import DataError
+from medcot.data.tags import ForgedTags, check_template
+from medcot.errors import MedcotError
+from medcot.recipe import Recipe
 from medcot.records import Example
 from medcot.secrets import SecretName, find_secret
+from medcot.stages import Identifiers as Policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +90,7 @@ class Diagnosis:
     def report(self, version: str) -> dict[str, Any]:
         """All of it in plain JSON, for data/report.json and whoever draws it."""
         findings = [
-            {**said, "evidence": [{"row": e.row, "parts": dict(e.parts)} for e in f.evidence], "figures": f.figures}
+            {**said, "evidence": [_masked(evidence) for evidence in f.evidence], "figures": f.figures}
             for said, f in zip(self.summary()["findings"], self.findings, strict=True)
         ]
         return {
@@ -115,7 +116,7 @@ class Diagnosis:
         )
 
 
-def unreadable(error: DataError) -> Diagnosis:
+def unreadable(error: MedcotError) -> Diagnosis:
     """The diagnosis of a source that cannot be read."""
     says = f"{error.value}. {error.rule}."
     return Diagnosis([Finding(UNREADABLE, Severity.RED, 0, (), says, str(error.remedy))])
@@ -140,22 +141,33 @@ class Tools:
     items: tuple[tuple[str, Example], ...] = ()
     why_no_tokenizer: str = ""
 
+    def template(self) -> list[Finding]:
+        """What the model's own template does with a chain of thought."""
+        return [] if self.tokenizer is None else check_template(self.tokenizer, self.style)
+
+    @property
+    def is_encodable(self) -> bool:
+        """Whether rows can become tokens: there is a tokenizer, and a template where the style needs one."""
+        return self.tokenizer is not None and not any(f.id == "template_unusable" for f in self.template())
+
     def doubts(self) -> list[Finding]:
-        """What could not be looked at."""
-        if self.tokenizer is not None:
-            return []
-        says = (
-            f"Nothing that needs tokens was checked: the model's tokenizer is not to be had ({self.why_no_tokenizer})."
-        )
-        fix = "Name a model that is at hand: --recipe, or model.source=…"
-        return [Finding("survival_unchecked", Severity.YELLOW, 0, (), says, fix)]
+        """What the template shows, and what could not be looked at."""
+        found = self.template()
+        if self.tokenizer is None:
+            says = f"Nothing that needs tokens was checked: there is no tokenizer ({self.why_no_tokenizer})."
+            fix = "Name a model that is at hand: --recipe, or model.source=…"
+            found.append(Finding("survival_unchecked", Severity.YELLOW, 0, (), says, fix))
+        if not self.items:
+            says = "Training questions were compared with no evaluation set: none was named."
+            fix = "Name those that will be used: --against medqa, or data.against=[medqa]"
+            found.append(Finding("contamination_unchecked", Severity.INFO, 0, (), says, fix))
+        return found
 
     def text_checks(self) -> list[Check]:
-        """The checks that read texts."""
+        """The checks that read texts, but for the comparison with ``items``."""
         found: list[Check] = [Quality(), Identifiers(), Duplicates()]
-        if self.items:
-            found.append(Contamination(self.items))
-        if self.tokenizer is not None:
+        if self.is_encodable:
+            assert self.tokenizer is not None, "is_encodable says so"
             found.append(ForgedTags.of(self.tokenizer, self.style))
         return found
 
@@ -175,13 +187,49 @@ def load_items(against: Iterable[str]) -> tuple[tuple[str, Example], ...]:
 def known_ids() -> frozenset[str]:
     """Ids of the findings that can be red, which ``data.accept`` may name."""
     of_texts = {"no_reasoning", "no_answer", "reasoning_in_question", "identifiers", "contamination_confirmed"}
-    of_templates = {"forged_tags", "template_drops_reasoning", "template_duplicates_think", "template_unusable"}
-    return frozenset({*FAULTS, *of_texts, *of_templates})
+    return frozenset({*FAULTS, *of_texts, "forged_tags", "template_unusable"})
+
+
+def apply_policy(finding: Finding, recipe: Recipe, counts: Mapping[str, int] | None = None) -> Finding:
+    """What a finding means under a recipe's policies.
+
+    Args:
+        finding: as a check made it.
+        recipe: says what is removed, masked or refused.
+        counts: of what was, as ``treatment.treat`` returns them; ``None`` where nothing was done yet.
+    """
+    data = recipe.data
+    if finding.id == "identifiers" and data.identifiers is Policy.REFUSE:
+        return dataclasses.replace(finding, severity=Severity.RED)
+    if finding.id == "identifiers" and data.identifiers is Policy.MASK:
+        done = "A run masks them." if counts is None else f"They were masked in {_rows(counts['masked_rows'])}."
+        return dataclasses.replace(finding, severity=Severity.YELLOW, says=f"{finding.says} {done}", fix="")
+    if counts is None:
+        return finding
+    if finding.id == "contamination_confirmed" and data.remove_contaminated:
+        done = f"{_rows(counts['removed_contaminated'])} left out of training."
+        return dataclasses.replace(finding, severity=Severity.YELLOW, says=f"{finding.says} {done}", fix="")
+    exact, near = counts["removed_exact"], counts["removed_near"]
+    if finding.id == "duplicates_exact" and exact:
+        return dataclasses.replace(finding, says=f"{finding.says} {_rows(exact)} left out of training.", fix="")
+    if finding.id in ("duplicates_normalised", "duplicates_near") and near:
+        said = f"{finding.says} {_rows(near)} of this kind and the other left out of training."
+        return dataclasses.replace(finding, says=said, fix="")
+    return finding
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
 
 
 def sort_findings(findings: Iterable[Finding]) -> list[Finding]:
     """Put the worst first, and of equals the most frequent."""
     return sorted(findings, key=lambda finding: (ORDER[finding.severity], -finding.count))
+
+
+def _masked(evidence: Evidence) -> dict[str, Any]:
+    """Evidence without what identifies a person: reports are passed around."""
+    return {"row": evidence.row, "parts": {label: mask_identifiers(text)[0] for label, text in evidence.parts.items()}}
 
 
 def _plain(value: Any) -> Any:

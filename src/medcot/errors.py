@@ -3,7 +3,8 @@
 A message always has three parts: the *value* that was met, the *rule* it broke and the *remedy*. Constructors ask for
 the three separately, so that a message with a part missing cannot be written. Each class also inherits from the
 standard exception a Python programmer would have caught (``ValueError``, ``OSError``, ...), so that library users need
-not know this module. The command line prints the message without a traceback and exits with code 2.
+not know this module. The command line prints the message without a traceback and exits with the error's ``exit_code``:
+2, or 1 for data that can be read and must not be trained on.
 """
 
 from __future__ import annotations

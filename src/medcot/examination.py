@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 from medcot import prompt
 from medcot.data import columns
 from medcot.data.checks import TOO_LARGE
+from medcot.data.contamination import Contamination
 from medcot.data.duplicates import number_rows
 from medcot.data.findings import MOST_ROWS, Chunk, Finding, Reader, Severity
 from medcot.data.lengths import Lengths, describe_lengths
@@ -30,8 +32,7 @@ from medcot.data.scan import Progress, scan
 from medcot.data.sources import stream_rows
 from medcot.data.splits import find_place
 from medcot.data.survival import check_rows
-from medcot.data.tags import check_template
-from medcot.diagnosis import Diagnosis, Tools, sort_findings
+from medcot.diagnosis import Diagnosis, Tools, apply_policy, sort_findings
 from medcot.recipe import Recipe
 from medcot.records import Example, Quarantined, Row
 from medcot.rows import encode_whole, shorten_all
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 SAMPLE = 10_000  # rows of a source that are encoded and put before the gate
 LONGEST = 50  # and as many of the longest
 SAMPLE_SEED = 3407
-FIRST_ROWS = 200  # that a layout is recognised by
+_TOO_LONG = re.compile(r"[\d,]+ tokens; limit")
 
 
 @dataclass(frozen=True)
@@ -119,19 +120,15 @@ def judge_tokens(
         return []
     whole = encode_whole(examples, recipe, tokenizer)
     findings = weigh_lengths(whole.rows, recipe, tokenizer, num_rows) if whole.rows else []
-    giants = [item for item in whole.quarantined if item.reason.endswith(TOO_LARGE)]
-    refused = [item for item in whole.quarantined if not item.reason.endswith(TOO_LARGE)]
-    if giants:
-        findings.append(_too_large(giants, len(examples)))
-    if refused:
-        findings.append(_refused(refused, len(examples)))
+    findings += describe_refused(whole.quarantined, len(examples))
     by_id = {example.id: example for example in examples}
     limit = recipe.model.max_seq_length
     rows = [row for row in whole.rows if row.num_tokens <= limit]
     long = [by_id[row.id] for row in whole.rows if row.num_tokens > limit]
     if long and recipe.data.over_length is OverLength.TRUNCATE_THINK:
         rows += shorten_all(long, recipe, tokenizer)
-    return findings + pass_gate([(by_id[row.id], row) for row in rows], recipe, tokenizer, num_rows)
+    pairs = [(by_id[row.id], row) for row in rows]
+    return findings + pass_gate(pairs, recipe, tokenizer, drawn_from=num_rows if len(examples) < num_rows else None)
 
 
 def weigh_lengths(
@@ -148,17 +145,29 @@ def weigh_lengths(
 
 
 def pass_gate(
-    pairs: Sequence[tuple[Example, Row]], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, num_rows: int
+    pairs: Sequence[tuple[Example, Row]],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    drawn_from: int | None = None,
 ) -> list[Finding]:
-    """Put examples and their rows, of ``num_rows`` that the source has, before the gate; and look at the template."""
+    """Put examples and their rows before the gate; ``drawn_from`` so many, where they are a sample."""
     if not pairs:
         return []
     style = prompt.Style(recipe.prompt.style)
     found = check_rows(pairs, tokenizer, style, train_on_prompt=recipe.train.train_on_prompt)
-    if num_rows > SAMPLE:
-        note = f" They were drawn from {num_rows:,} by their content; a run looks at all that it trains on."
-        found = [dataclasses.replace(f, says=f.says + note) if f.id == "survival" else f for f in found]
-    return found + check_template(tokenizer, style)
+    if drawn_from is None:
+        return found
+    note = f" They were drawn from {drawn_from:,} by their content; a run looks at all that it trains on."
+    return [dataclasses.replace(f, says=f.says + note) if f.id == "survival" else f for f in found]
+
+
+def describe_refused(quarantined: Sequence[Quarantined], num_examples: int) -> list[Finding]:
+    """Say which rows could not become tokens; those that were merely too long are ``lengths.py``'s."""
+    giants = [item for item in quarantined if item.reason.endswith(TOO_LARGE)]
+    others = [item for item in quarantined if not item.reason.endswith(TOO_LARGE) and not _TOO_LONG.match(item.reason)]
+    found = [_too_large(giants, num_examples)] if giants else []
+    return found + ([_refused(others, num_examples)] if others else [])
 
 
 def _too_large(giants: Sequence[Quarantined], num_examples: int) -> Finding:
@@ -205,12 +214,14 @@ def examine_source(
     secret = find_secret(SecretName.HUGGING_FACE)
     where: dict[str, Any] = {"config": origin.config, "split": origin.split, "revision": origin.revision}
     where["token"] = secret.value if secret else None
-    head = [row for row, _ in itertools.islice(stream_rows(source, **where), FIRST_ROWS)]
+    head = [row for row, _ in itertools.islice(stream_rows(source, **where), columns.FIRST_ROWS)]
     names = list(dict.fromkeys(key for row in head for key in row))
     stream = stream_rows(source, **where)
     named = {str(name): column for name, column in origin.columns.items()}
     plan = columns.choose_layout(names, head, named, source=stream.source, purpose=Purpose.INSPECT)
-    found = [*tools.text_checks(), Tokens(recipe, tools.tokenizer)]
+    found = [*tools.text_checks(), Tokens(recipe, tools.tokenizer if tools.is_encodable else None)]
+    if tools.items:
+        found.append(Contamination(tools.items))
     with tempfile.TemporaryDirectory(prefix="medcot-doctor-") as scratch:
         pieces = SourcePieces(stream, Path(scratch))
         scanned = scan(
@@ -224,6 +235,5 @@ def examine_source(
     lineage |= {"raw_rows": figures.num_rows, "unreadable": figures.num_rows - figures.num_examples}
     sentences = [f"{note}." for note in pieces.figures.notes] + plan.say(figures.counts)
     counts = {"raw_rows": figures.num_rows, "unreadable": lineage["unreadable"], "examples": figures.num_examples}
-    return Diagnosis(
-        sort_findings([*scanned.findings, *tools.doubts()]), [lineage], sentences, counts, recipe.data.accept
-    )
+    findings = [apply_policy(finding, recipe) for finding in scanned.findings] + tools.doubts()
+    return Diagnosis(sort_findings(findings), [lineage], sentences, counts, recipe.data.accept)

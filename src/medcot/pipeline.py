@@ -1,7 +1,7 @@
 """The whole job, in the order it happens; every other module is one of its verbs.
 
-    import the libraries -> read the rows -> load the model -> make tokens -> ask -> attach LoRA and make it fast
-    -> train -> save the adapter -> ask again -> merge -> report -> push
+    import the libraries -> read the rows -> check them -> load the model -> make tokens -> ask -> attach LoRA and
+    make it fast -> train -> save the adapter -> ask again -> merge -> report -> push
 
 Each stage leaves its result in the run folder before the next begins, and ``--resume`` takes up where the folder says
 the job was: answers that were given stay given, training goes on from the last whole checkpoint, a saved adapter is
@@ -90,7 +90,7 @@ def _do(job: Job) -> None:
 
     with job.stage("read data") as line:
         raw = planning.read_examples(recipe)
-        _check_unchanged(job, raw.sha256)
+        _check_unchanged(job, "sha256", raw.sha256)
         problems = planning.load_test_problems(recipe.evaluate.source) if recipe.evaluate.source else []
         line.detail = f"{len(raw.examples):,} examples from {recipe.data.named}"
     with job.stage("check data") as line:
@@ -101,6 +101,7 @@ def _do(job: Job) -> None:
         line.detail = f"{loaded.source}, {loaded.num_params / 1e6:,.0f} M parameters, {loaded.precision}"
     with job.stage("make tokens") as line:
         data = planning.encode_examples(admission.raw, recipe, loaded.tokenizer)
+        _check_unchanged(job, "rows_sha256", data.digest)
         _keep_data(job, data, len(problems))
         admission.pass_gate(job, data, loaded.tokenizer)
         line.detail = f"{len(data.rows):,} rows, {data.facts()['tokens']:,} tokens"
@@ -238,14 +239,13 @@ def _check_same_base(job: Job, loaded: LoadedModel) -> None:
             )
 
 
-def _check_unchanged(job: Job, sha256: str) -> None:
-    """Refuse to go on with other data than the run was started with."""
-    known = job.facts["data"].get("train", {}).get("sha256", sha256)
-    if known != sha256:
+def _check_unchanged(job: Job, what: str, digest: str) -> None:
+    """Refuse to go on with other data than the run was started with: the source, or the rows made of it."""
+    if job.facts["data"].get("train", {}).get(what, digest) != digest:
         raise DataError(
             f"'{job.recipe.data.named}' has changed since the run was started",
             "A resumed run trains on the rows it was started with, else its two halves would not be one run",
-            "Bring the old file back, or start a new run",
+            "Bring the old file back (and the benchmarks of data.against), or start a new run",
         )
 
 
@@ -325,7 +325,7 @@ def _train(job: Job, model: PeftModel, loaded: LoadedModel, data: TrainingData) 
     checkpoints = sft.list_checkpoints(job.run.checkpoints)
     resume_from = checkpoints[-1] if checkpoints else None
     past = _keep_metrics(job.run, resume_from)
-    ranks.share((plan, resume_from, data.raw.sha256))
+    ranks.share((plan, resume_from, data.digest))
     if resume_from is not None:
         job.console.note(f"going on from {resume_from.name}")
     with job.console.training(plan.num_steps) as bar, job.run.metrics.open("a", encoding="utf-8") as log:

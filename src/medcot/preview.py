@@ -13,8 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from medcot import planning, prompt
+from medcot.diagnosis import Tools
 from medcot.engine.memory import Keep
 from medcot.recipe import Recipe, dump_recipe
+from medcot.treatment import check_left, examine_rows, examine_texts, run_items, treat
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +46,7 @@ def print_plan(recipe: Recipe, screen: RunConsole) -> None:
     console = screen.console
     console.print(Syntax(dump_recipe(recipe).strip(), "yaml", background_color="default"))
     raw = planning.read_examples(recipe)
-    if recipe.evaluate.source:
-        planning.load_test_problems(recipe.evaluate.source)
+    problems = planning.load_test_problems(recipe.evaluate.source) if recipe.evaluate.source else []
     stage = recipe.model
     tokenizer = load_tokenizer(
         stage.source,
@@ -57,11 +58,19 @@ def print_plan(recipe: Recipe, screen: RunConsole) -> None:
     shape = model_shape(stage.source, revision=stage.revision, trust_remote_code=stage.trust_remote_code)
     device = choose_device()
     precision, _, note = choose_precision(stage.precision.value, device)
-    data = planning.encode_examples(raw, recipe, tokenizer)
+    tools = Tools(tokenizer, prompt.Style(recipe.prompt.style), run_items(recipe, problems))
+    treated = treat(raw, recipe, tools.items)
+    diagnosis = examine_texts(raw, treated, recipe, tools)
+    check_left(raw, treated)
+    data = planning.encode_examples(treated.raw, recipe, tokenizer)
+    diagnosis = diagnosis.joined(examine_rows(data, recipe, tokenizer))
     plan, memory_gb = planning.build_plan(recipe, data.rows, shape, precision, device, fast=recipe.train.accelerate)
     console.print()
     for sentence in [*data.sentences, *([note] if note else [])]:
         screen.note(sentence)
+    for finding in diagnosis.findings:
+        if finding.severity != "info":
+            screen.warn(f"{finding.severity} {finding.id}: {finding.says}")
     if data.quarantined:
         screen.warn(f"{len(data.quarantined)} rows would be set aside; row {data.quarantined[0].row_number}: "
                     f"{data.quarantined[0].reason}")  # fmt: skip

@@ -107,19 +107,20 @@ def help_train() -> None:
     Startup(recipe.model.source).wait()
     from medcot import planning
     from medcot.train import sft
-    from medcot.treatment import run_items, treat
+    from medcot.treatment import check_left, run_items, treat
 
     problems = planning.load_test_problems(recipe.evaluate.source) if recipe.evaluate.source else []
     raw = planning.read_examples(recipe)
     loaded = load_base(recipe)
-    kept = treat(raw, recipe, run_items(recipe, problems)).raw
-    data = planning.encode_examples(kept, recipe, loaded.tokenizer)
+    treated = treat(raw, recipe, run_items(recipe, problems))
+    check_left(raw, treated)
+    data = planning.encode_examples(treated.raw, recipe, loaded.tokenizer)
     model = attach_fresh(recipe, loaded)
     order = ranks.share(None)  # the first process may be asking questions for an hour
     if order is None:
         return
-    plan, resume_from, sha256 = order
-    if raw.sha256 != sha256:
+    plan, resume_from, digest = order
+    if data.digest != digest:
         raise DataError(
             f"process {ranks.current().rank} read other rows than the first one from '{recipe.data.named}'",
             "The processes of a job divide the same rows among them",

@@ -8,17 +8,17 @@ says what was in all that was read, ``examine_rows`` puts every row of tokens be
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from medcot.data.contamination import find_contaminated
+from medcot.data.contamination import Contamination, find_contaminated
 from medcot.data.duplicates import Duplicates, exact_duplicates, find_shared
 from medcot.data.findings import MOST_ROWS, Check, Chunk, Evidence, Finding, InMemory, Severity
 from medcot.data.identifiers import mask_example
-from medcot.diagnosis import Diagnosis, Tools, known_ids, load_items, sort_findings
-from medcot.errors import DataError
-from medcot.examination import pass_gate, weigh_lengths
+from medcot.diagnosis import Diagnosis, Tools, apply_policy, known_ids, load_items, sort_findings
+from medcot.errors import UnfitDataError
+from medcot.examination import describe_refused, pass_gate, weigh_lengths
 from medcot.recipe import Recipe
 from medcot.records import Example, Quarantined, Row
 from medcot.rows import CLINIC, RawData, TrainingData, check_accepted, encode_whole
@@ -35,7 +35,7 @@ class Treated:
 
     Attributes:
         raw: what is left.
-        counts: ``removed_contaminated``, ``removed_duplicates``, ``masked_rows``.
+        counts: ``removed_contaminated``, ``removed_exact``, ``removed_near``, ``masked_rows``.
     """
 
     raw: RawData
@@ -43,48 +43,70 @@ class Treated:
 
 
 def run_items(recipe: Recipe, problems: Sequence[Example]) -> tuple[tuple[str, Example], ...]:
-    """The questions that training must not have seen: of ``data.against``, or those that the recipe evaluates with.
-
-    The built-in problems are generated so that training and test share none, so they are not held against themselves.
-    """
+    """The questions that training must not have seen: of ``data.against``, or those that the recipe evaluates with."""
     if recipe.data.against is not None:
         return load_items(recipe.data.against)
     source = recipe.evaluate.source
-    trains_on_clinic = any(str(origin.source).startswith(CLINIC) for origin in recipe.data.origins)
-    if source is None or trains_on_clinic:
-        return ()
-    return tuple((source, problem) for problem in problems)
+    return () if source is None else tuple((source, problem) for problem in problems)
+
+
+def _exposed(examples: Sequence[Example], items: Sequence[tuple[str, Example]]) -> list[Example]:
+    """Examples that the items are looked for in.
+
+    The built-in problems are generated so that training and test share none, only their wording; they are not held
+    against themselves.
+    """
+    if not items or not all(name.startswith(CLINIC) for name, _ in items):
+        return list(examples)
+    return [example for example in examples if not example.source.startswith(CLINIC)]
 
 
 def treat(raw: RawData, recipe: Recipe, items: Sequence[tuple[str, Example]]) -> Treated:
-    """Take out of what was read, or mask, what the recipe says.
+    """Take out of what was read, or mask, what the recipe says; ``check_left`` says whether enough is left."""
+    counts = {"removed_contaminated": 0, "removed_exact": 0, "removed_near": 0, "masked_rows": 0}
+    examples = [*raw.examples, *raw.validation]
+    if recipe.data.remove_contaminated and items:
+        asked = _exposed(examples, items)
+        leaked = {asked[pair.place].id for pair in find_contaminated(asked, items) if pair.is_confirmed}
+        raw, counts["removed_contaminated"] = _without(raw, leaked), len(leaked)
+    if recipe.data.identifiers is Policy.MASK:  # before copies are looked for: masking makes new ones
+        masked = {example.id: mask_example(example) for example in (*raw.examples, *raw.validation)}
+        counts["masked_rows"] = sum(bool(hits) for _, hits in masked.values())
+        raw = raw.revise(lambda example: masked[example.id][0])
+    for policy, wanted in ((Copies.EXACT, recipe.data.remove_duplicates is not Copies.NONE),
+                           (Copies.NEAR, recipe.data.remove_duplicates is Copies.NEAR)):  # fmt: skip
+        if wanted:
+            left = [*raw.examples, *raw.validation]
+            places = exact_duplicates(left) if policy is Copies.EXACT else Duplicates().find_repeats(left)
+            raw, counts[f"removed_{policy.value}"] = _without(raw, {left[place].id for place in places}), len(places)
+    return Treated(raw, counts)
+
+
+def _without(raw: RawData, ids: Collection[str]) -> RawData:
+    return raw.revise(lambda example: None if example.id in ids else example)
+
+
+def check_left(before: RawData, treated: Treated) -> None:
+    """Refuse to go on where nothing is left of a source, or of the rows that were to be held out.
 
     Raises:
-        DataError: nothing is left.
+        UnfitDataError: so it is.
     """
-    examples = [*raw.examples, *raw.validation]
-    gone = _find_removed(examples, recipe, items)
-    removed = frozenset[str]().union(*gone.values())
-    masked: set[str] = set()
-
-    def revise(example: Example) -> Example | None:
-        if example.id in removed:
-            return None
-        if recipe.data.identifiers is not Policy.MASK:
-            return example
-        new, hits = mask_example(example)
-        masked.update([example.id] if hits else [])
-        return new
-
-    treated = raw.revise(revise)
-    if not treated.examples:
-        raise DataError(
-            f"None of the {len(examples):,} examples is left to train on",
-            "Copies and questions of the evaluation sets are left out",
-            "Train on other rows, or set data.remove_contaminated=false and data.remove_duplicates=none",
+    emptied = [
+        f"{side} of {old.name}"
+        for old, new in zip(before.every_part, treated.raw.every_part, strict=True)
+        for side, had, has in (
+            ("the training rows", old.examples, new.examples),
+            ("the validation rows", old.held_out, new.held_out),
         )
-    counts = {f"removed_{what}": len(ids) for what, ids in gone.items()}
-    return Treated(treated, {**counts, "masked_rows": len(masked)})
+        if had and not has
+    ]
+    if emptied:
+        raise UnfitDataError(
+            f"none is left of {' and of '.join(emptied)}",
+            "Copies and questions of the evaluation sets are left out of what is trained on and of what is held out",
+            "Use other rows, or set data.remove_contaminated=false and data.remove_duplicates=none",
+        )
 
 
 def examine_texts(raw: RawData, treated: Treated, recipe: Recipe, tools: Tools) -> Diagnosis:
@@ -94,10 +116,12 @@ def examine_texts(raw: RawData, treated: Treated, recipe: Recipe, tools: Tools) 
         RecipeError: ``data.accept`` names no finding.
     """
     check_accepted(recipe.data.accept, known_ids())
-    found = _run_checks(tools.text_checks(), [*raw.examples, *raw.validation], raw.quarantined)
-    findings = [_after_treatment(finding, recipe, treated.counts) for finding in found] + tools.doubts()
-    if raw.validation_part is not None:
-        findings += _shared_with_validation(treated.raw)
+    examples = [*raw.examples, *raw.validation]
+    found = _run_checks(tools.text_checks(), examples, raw.quarantined)
+    if tools.items:
+        found += _run_checks([Contamination(tools.items)], _exposed(examples, tools.items), ())
+    findings = [apply_policy(finding, recipe, treated.counts) for finding in found] + tools.doubts()
+    findings += _shared_with_validation(raw)
     sources = [part.lineage() for part in treated.raw.every_part]
     counts = {
         "raw_rows": sum(part.num_rows for part in raw.every_part),
@@ -113,52 +137,24 @@ def examine_rows(data: TrainingData, recipe: Recipe, tokenizer: PreTrainedTokeni
     examples = [*data.raw.examples, *data.raw.validation]
     rows = {row.id: row for row in (*data.rows, *data.validation)}
     pairs = [(example, rows[example.id]) for example in examples if example.id in rows]
+    refused = data.quarantined[len(data.raw.quarantined) :]
     whole: Sequence[Row] = list(rows.values())
-    if data.num_over_length:
-        whole = encode_whole(examples, recipe, tokenizer).rows
-    found = weigh_lengths(whole, recipe, tokenizer, len(whole)) + pass_gate(pairs, recipe, tokenizer, len(pairs))
+    if data.num_over_length:  # what was too long belongs to the lengths, whole
+        aside = {item.row.get("id") for item in refused}
+        whole = encode_whole([e for e in examples if e.id in rows or e.id in aside], recipe, tokenizer).rows
+    found = weigh_lengths(whole, recipe, tokenizer, len(whole)) if whole else []
+    found += describe_refused(refused, len(examples)) + pass_gate(pairs, recipe, tokenizer)
     facts = data.facts()
     counts = {key: facts[key] for key in ("rows", "tokens", "trained_tokens")}
     counts["set_aside"] = len(data.quarantined)
-    return Diagnosis(sort_findings(found), data.lineage(), data.sentences, counts, recipe.data.accept)
-
-
-def _find_removed(
-    examples: Sequence[Example], recipe: Recipe, items: Sequence[tuple[str, Example]]
-) -> dict[str, frozenset[str]]:
-    """Ids of the rows that are left out, by reason."""
-    leaked: set[int] = set()
-    if recipe.data.remove_contaminated and items:
-        leaked = {pair.place for pair in find_contaminated(examples, items) if pair.is_confirmed}
-    left = [(place, example) for place, example in enumerate(examples) if place not in leaked]
-    repeats: set[int] = set()
-    if recipe.data.remove_duplicates is not Copies.NONE:
-        kept = [example for _, example in left]
-        near = recipe.data.remove_duplicates is Copies.NEAR
-        repeats = Duplicates().find_repeats(kept) if near else exact_duplicates(kept)
-    copies = {left[place][1].id for place in repeats}
-    return {"contaminated": frozenset(examples[place].id for place in leaked), "duplicates": frozenset(copies)}
-
-
-def _after_treatment(finding: Finding, recipe: Recipe, counts: Mapping[str, Any]) -> Finding:
-    """What a finding means once it has been dealt with."""
-    if finding.id == "contamination_confirmed" and recipe.data.remove_contaminated:
-        done = f" {counts['removed_contaminated']:,} rows were left out of training."
-        return dataclasses.replace(finding, severity=Severity.YELLOW, says=finding.says + done, fix="")
-    if finding.id == "identifiers" and recipe.data.identifiers is Policy.MASK:
-        done = f" They were masked in {counts['masked_rows']:,} rows."
-        return dataclasses.replace(finding, severity=Severity.YELLOW, says=finding.says + done, fix="")
-    if finding.id == "identifiers" and recipe.data.identifiers is Policy.REFUSE:
-        return dataclasses.replace(finding, severity=Severity.RED)
-    if finding.id in ("duplicates_exact", "duplicates_near") and counts["removed_duplicates"]:
-        done = f" {counts['removed_duplicates']:,} copies were left out of training."
-        return dataclasses.replace(finding, says=finding.says + done)
-    return finding
+    held = data.raw.validation_part
+    lineage = data.lineage() + ([] if held is None else [held.lineage()])
+    return Diagnosis(sort_findings(found), lineage, data.sentences, counts, recipe.data.accept)
 
 
 def _shared_with_validation(raw: RawData) -> list[Finding]:
     train, held = raw.examples, raw.validation
-    shared = find_shared(train, held)
+    shared = find_shared(train, held) if held else []
     if not shared:
         return []
     evidence = tuple(
@@ -175,7 +171,7 @@ def _shared_with_validation(raw: RawData) -> list[Finding]:
             len(shared),
             tuple(held[pair.validation].id for pair in shared[:MOST_ROWS]),
             f"{len(shared):,} of {len(held):,} validation rows are also in training: their loss measures memory.",
-            "Leave them out of one of the two, or hold out by content: data.validation=0.05",
+            "Leave them out of one of the two; exact copies are, unless data.remove_duplicates=none",
             evidence,
         )
     ]

@@ -143,10 +143,11 @@ def find_loop(text: str) -> int | None:
     """Return a place where a text says the same over and over, if it does; see the head of this file."""
     if len(text) < 4 * _PROBE:
         return None
-    last = len(text) - _PROBE
-    places = [last * part // 7 for part in range(8)]
-    for at in [at for at in places if text.count(text[at : at + _PROBE]) >= 3]:
-        if sum(map(str.isalpha, text[at : at + _PROBE])) >= 8:
+    last, count = len(text) - _PROBE, text.count
+    for part in range(8):
+        at = last * part // 7
+        probe = text[at : at + _PROBE]
+        if count(probe) >= 3 and sum(map(str.isalpha, probe)) >= 8:
             first = max(0, at - _WINDOW)
             if _compute_repeats(text[first : at + _WINDOW]) >= _LEAST_REPEATED:
                 return at

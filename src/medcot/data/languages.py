@@ -26,8 +26,8 @@ _FUNCTION_WORDS = {  # one that serves several languages speaks for each of them
     "vi": "là của và có không cho được các một trong với này người bệnh",
     "id": "dan yang di dengan untuk ini pada adalah dari tidak atau ke dalam akan",
 }
-_SPEAKS_FOR = {  # the codes of a word in one string, whose hash Python remembers
-    word: " ".join(code for code, others in _FUNCTION_WORDS.items() if word in others.split())
+_SPEAKS_FOR: dict[str, tuple[str, ...]] = {
+    word: tuple(code for code, others in _FUNCTION_WORDS.items() if word in others.split())
     for words in _FUNCTION_WORDS.values()
     for word in words.split()
 }
@@ -72,16 +72,20 @@ def _count_votes(text: str) -> str:
     """Return the language whose function words lead clearly among the first words; empty where none does."""
     words = text[:_MOST_HEARD].lower().split()
     votes: dict[str, int] = {}
-    for codes, count in Counter(filter(None, map(_SPEAKS_FOR.get, words))).items():
-        for code in codes.split():
-            votes[code] = votes.get(code, 0) + count
-    most, next_most, *_ = [*sorted(votes.values(), reverse=True), 0, 0]
+    for codes in filter(None, map(_SPEAKS_FOR.get, words)):
+        for code in codes:
+            votes[code] = votes.get(code, 0) + 1
+    leader = max(votes, key=votes.__getitem__, default="")
+    most = votes.pop(leader, 0)
+    next_most = max(votes.values(), default=0)
     clear = most >= _FEWEST_VOTES and most >= _LEAST_LEAD * next_most and most >= _LEAST_SHARE * len(words)
-    return max(votes, key=lambda code: votes[code]) if clear else ""
+    return leader if clear else ""
 
 
 def _read_scripts(text: str) -> set[str]:
     """Return what scripts other than Latin tell, where at least a few words are written in them."""
+    if len(text) - len(text.encode("ascii", "ignore")) < _FEWEST_OTHER:
+        return set()
     letters = "".join(_OTHER_SCRIPT.findall(text))
     if len(letters) < _FEWEST_OTHER:
         return set()

@@ -28,7 +28,7 @@ from itertools import pairwise
 from medcot.data.findings import MOST_ROWS, Chunk, Evidence, Finding, Reader, Severity
 from medcot.data.flaws import find_flaws, shorten, show_around
 from medcot.data.languages import find_languages
-from medcot.data.words import VERSION, normalise
+from medcot.data.words import VERSION, list_words, normalise
 from medcot.records import AnswerKind, Example, Problem, Quarantined
 
 RED_SHARE = 0.05  # rows without reasoning, or without answer, above which a set is unfit
@@ -196,7 +196,7 @@ def judge(example: Example) -> Iterator[tuple[str, dict[str, str]]]:
         yield "no_reasoning", parts
     elif _is_tiny(reasoning):
         yield "tiny_reasoning", {"reasoning": shorten(reasoning)}
-    elif response.strip() and compute_shared(reasoning, response) < LEAST_SHARED:
+    elif response.strip() and _misses(reasoning, response):
         yield "reasoning_misses_answer", {"end of reasoning": shorten(reasoning, -1), "response": shorten(response)}
     if not copied and _stands_in(example.question, reasoning):
         yield "reasoning_in_question", {"reasoning": shorten(reasoning), "question": shorten(example.question)}
@@ -238,9 +238,18 @@ def compute_shared(reasoning: str, response: str) -> float:
     response_words = _content_words(_ends(response))
     end_words = _content_words(reasoning[-TAIL:])
     if not end_words or not response_words:  # "A", "Yes": no content words, so any word will do
-        end_words, response_words = set(normalise(reasoning[-TAIL:]).split()), set(normalise(_ends(response)).split())
+        end_words, response_words = set(list_words(reasoning[-TAIL:])), set(list_words(_ends(response)))
     fewest = min(len(end_words), len(response_words))
     return len(end_words & response_words) / fewest if fewest else 1.0
+
+
+def _misses(reasoning: str, response: str) -> bool:
+    """Return whether too little is shared; most often the very end of the reasoning tells that it is not."""
+    wanted = _content_words(_ends(response))
+    very_end = list_words(reasoning[-TAIL // 3 :])[1:]  # the first may be half a word
+    if wanted and len(wanted.intersection(very_end)) / len(wanted) >= LEAST_SHARED:
+        return False  # of all of the end, and of the smaller set, as much or more is shared
+    return compute_shared(reasoning, response) < LEAST_SHARED
 
 
 def _keep(seen: list[Evidence], evidence: Evidence) -> None:
@@ -346,11 +355,10 @@ def _holds_words(folded: str, text: str) -> bool:
 
 def _content_words(text: str) -> set[str]:
     """Return numbers and words over three letters that not every text has; pairs of characters for Chinese and kin."""
-    words = normalise(text).split()
-    distinct = set(words)
-    content = {word for word in distinct - _EVERYWHERE if len(word) > 3 or word.isdigit()}
+    words = list_words(text)
+    content = {word for word in words if (len(word) > 3 and word not in _EVERYWHERE) or word.isdigit()}
     if not text.isascii():
-        alone = {word for word in distinct if len(word) == 1 and word.isalpha() and not word.isascii()}
+        alone = {word for word in words if len(word) == 1 and not word.isascii() and word.isalpha()}
         if alone:
             content.update(first + second for first, second in pairwise(words) if first in alone and second in alone)
     return content

@@ -178,7 +178,7 @@ def scan(
         builder: makes examples of raw rows.
         checks: with names that differ.
         workers: how many processes; none is started for a single chunk, or with 1. Or something else that maps, such
-            as ``spread.RayWorkers``.
+            as ``spread.map_on_ray``.
         cache: folder of the tallies; ``None`` keeps them in a temporary one only as long as the scan lasts.
         on_progress: called in this process after each chunk.
         total_bytes: handed on to ``on_progress``.

@@ -82,9 +82,7 @@ class _Table(dict[int, str]):
 
     def apply(self, text: str) -> str:
         """Return what ``str.translate`` would, some ten times as fast where characters beyond ASCII are few."""
-        if text.isascii():
-            return text.encode().translate(self._ascii).decode()
-        others = set(_BEYOND_ASCII.findall(text))
+        others = set() if text.isascii() else set(_BEYOND_ASCII.findall(text))
         if len(others) > _FEW:
             return text.translate(self)
         text = text.encode("utf-8", "surrogatepass").translate(self._ascii).decode("utf-8", "surrogatepass")
@@ -115,6 +113,11 @@ _TABLES = {Signs.KEEP: _Table(keep_signs=True), Signs.DROP: _Table(keep_signs=Fa
 
 def normalise(text: str, signs: Signs = Signs.KEEP) -> str:
     """Return a text's words, one space apart, without case, punctuation and typography; empty where it has none."""
+    return " ".join(list_words(text, signs))
+
+
+def list_words(text: str, signs: Signs = Signs.KEEP) -> list[str]:
+    """Return the words of ``normalise``, apart."""
     if text.isascii():
         text = text.lower()
     else:
@@ -124,7 +127,7 @@ def normalise(text: str, signs: Signs = Signs.KEEP) -> str:
             text = _MINUS.sub("\N{MINUS SIGN}", text)
         for sign in _SIGNS:
             text = text.replace(sign, f" {sign} ")
-    return " ".join(_TABLES[signs].apply(text).split())
+    return _TABLES[signs].apply(text).split()
 
 
 def fold_numbers(text: str) -> str:
@@ -147,7 +150,7 @@ def cut_stretches(text: str, signs: Signs = Signs.KEEP) -> Iterator[Stretch]:
     Their words are those of ``normalise`` but for letters that would have been composed across two stretches.
     """
     for match in _STRETCH.finditer(text):
-        words = normalise(match[0], signs).split()
+        words = list_words(match[0], signs)
         if words:
             yield Stretch(match.start(), match.end(), tuple(words))
 

@@ -167,6 +167,8 @@ def judge_data(doctor: Mapping[str, Any]) -> Verdict:
     also = f" {_findings(len(yellow))} {'is' if len(yellow) == 1 else 'are'} for you to judge." if yellow else ""
     if overruled:
         also += f" Red, but accepted by the recipe: {_join(overruled)}."
+    if "source_unreadable" in red:
+        return Verdict("worse", "This source cannot be read", "Nothing in it was looked at.")
     if doctor.get("verdict") == "red":
         what = (
             f"{_findings(len(red))} {'stops' if len(red) == 1 else 'stop'} a run before its first step: {_join(red)}."

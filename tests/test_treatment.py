@@ -224,6 +224,7 @@ def test_without_a_tokenizer_it_says_what_was_not_checked(make: Any) -> None:
     recipe = make(ROWS)
     diagnosis = examine_source(recipe, Tools(None, prompt.Style("short"), (), "no network"), workers=1)
     assert found(diagnosis, "survival_unchecked").severity is Severity.YELLOW
+    assert found(diagnosis, "contamination_unchecked").severity is Severity.INFO
     assert not [finding for finding in diagnosis.findings if finding.id == "survival"]
 
 

@@ -478,7 +478,7 @@ def test_a_run_leaves_out_copies_and_leaks_and_masks_identifiers(recipe_file: Pa
     assert exit_code == 0, output
     assert facts["status"] == "complete" and facts["data"]["doctor"]["verdict"] == "yellow"
     counts = json.loads((tmp_path / "run" / "data" / "report.json").read_text())["counts"]
-    done = {"removed_contaminated": 1, "removed_duplicates": 3, "masked_rows": 1}
+    done = {"removed_contaminated": 1, "removed_exact": 3, "masked_rows": 1}
     assert counts.items() >= {"raw_rows": NUM + 3, "unreadable": 0, **done, "rows": NUM - 1}.items()
     assert facts["data"]["train"]["rows"] == NUM - 1
     for name, count in {"contamination_confirmed": 1, "duplicates_exact": 3, "identifiers": 1}.items():

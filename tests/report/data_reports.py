@@ -74,7 +74,7 @@ def make_diagnosis(**changes: Any) -> Diagnosis:
         "raw_rows": 9,
         "unreadable": 1,
     }
-    removed = {"removed_contaminated": 0, "removed_duplicates": 1, "masked_rows": 0}
+    removed = {"removed_contaminated": 0, "removed_exact": 1, "removed_near": 0, "masked_rows": 0}
     counts = {"raw_rows": 9, "unreadable": 1, **removed, "held_out": 1, "rows": 4, "tokens": 4321}
     given: dict[str, Any] = {
         "sources": [source],

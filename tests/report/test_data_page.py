@@ -185,8 +185,8 @@ def test_lengths_are_drawn_with_their_limit(page):
         ({}, []),
         ({"raw_rows": 9, "unreadable": 0, "examples": 9}, [("Raw rows", 9, 0), ("Examples", 9, 0)]),
         (
-            {"raw_rows": 9, "unreadable": 2, "removed_duplicates": 1, "held_out": 3, "rows": 2},
-            [("Raw rows", 9, 0), ("Unreadable", 7, 2), ("Removed: copies", 6, 1), ("Held out", 3, 3),
+            {"raw_rows": 9, "unreadable": 2, "removed_exact": 1, "held_out": 3, "rows": 2},
+            [("Raw rows", 9, 0), ("Unreadable", 7, 2), ("Removed: exact copies", 6, 1), ("Held out", 3, 3),
              ("Not encoded or left out", 2, 1), ("Trained on", 2, 0)],
         ),
         ({"raw_rows": 4, "rows": 12}, [("Raw rows", 4, 0), ("Trained on, with repeats", 12, 0)]),
@@ -226,7 +226,7 @@ def test_what_is_not_known_is_left_out(missing):
 def test_a_source_that_cannot_be_read_has_a_page():
     finding = {"id": "source_unreadable", "severity": "red", "count": 0, "rows": [], "says": "x is empty.", "fix": "y"}
     text = plain(render_data_page({"version": 1, "verdict": "red", "findings": [finding]}))
-    assert "1 finding stops a run" in text and "x is empty." in text
+    assert "This source cannot be read" in text and "x is empty." in text
 
 
 def test_a_report_of_another_version_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 
@@ -31,6 +32,16 @@ def test_items_stream_through_children_in_order_and_few_ahead() -> None:
     answers.close()
     assert not my_children()
     assert list(map_in_children(triple, [], 2)) == []
+
+
+def test_an_interrupt_is_left_to_the_parent() -> None:
+    answers = map_in_children(time.sleep, [0.0, 0.0, 1.0, 1.0, 0.0, 0.0], 2)
+    assert next(answers) is None and next(answers) is None  # so they have begun, and now sleep
+    children = my_children()
+    assert children
+    for child in children:
+        child.send_signal(signal.SIGINT)  # Ctrl-C goes to all of a terminal's processes
+    assert list(answers) == [None] * 4  # by the same children: of one that dies, an error comes
 
 
 def test_who_stops_early_need_not_wait() -> None:

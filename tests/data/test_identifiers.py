@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_notes import MAKERS, Note, make_notes
 
+from medcot.data import identifiers
 from medcot.data.findings import Chunk, Severity
 from medcot.data.identifiers import (
     KINDS,
     NOT_IN_TEXT,
     Identifiers,
     find_identifiers,
+    find_in_row,
     mask_example,
     mask_identifiers,
 )
@@ -75,6 +77,8 @@ def test_the_table_has_all_eighteen_kinds_and_the_sixteen_direct_ones() -> None:
         ("+44 20 7946 0958", "phone", "+44 20 7946 0958"),
         ("Tel: 555-0123", "phone", "555-0123"),
         ("手机：13812345678", "phone", "13812345678"),
+        ("Next of \u212ain: Jane Doe", "name", "Jane Doe"),  # a Kelvin sign
+        ("Born March \u0665, 1961", "date", "March \u0665, 1961"),  # an Arabic digit
         ("Fax no. 617-555-0123", "fax", "617-555-0123"),
         ("j.doe+x@mail.example.org", "e-mail", "j.doe+x@mail.example.org"),
         ("SSN: 123-45-6789", "ssn", "123-45-6789"),
@@ -97,6 +101,36 @@ def test_the_table_has_all_eighteen_kinds_and_the_sixteen_direct_ones() -> None:
         ("from 192.168.10.24 to", "ip address", "192.168.10.24"),
         ("2001:db8::8a2e:370:7334", "ip address", "2001:db8::8a2e:370:7334"),
         ("123e4567-e89b-12d3-a456-426614174000", "other number", "123e4567-e89b-12d3-a456-426614174000"),
+        # Forms by which one hint alone is tried (gates.py).
+        ("j.doe[at]example.org", "e-mail", "j.doe[at]example.org"),
+        ("from 10.2.3.4 to", "ip address", "10.2.3.4"),
+        ("from 10.22.33.44 to", "ip address", "10.22.33.44"),
+        ("(01) 00643169007222", "device", "(01) 00643169007222"),
+        ("1HGAABB26A2004BCD", "vehicle", "1HGAABB26A2004BCD"),
+        ("VIN: WBA3A5C58DF123457", "vehicle", "WBA3A5C58DF123457"),
+        ("with tag number 7ABC123", "vehicle", "7ABC123"),
+        ("4111-1111-1111-1111", "account number", "4111-1111-1111-1111"),
+        ("4111111111111111", "account number", "4111111111111111"),
+        ("DE89 3704 0044 0532 0130 00", "account number", "DE89 3704 0044 0532 0130 00"),
+        ("DE89370400440532013000", "account number", "DE89370400440532013000"),
+        ("GB29NWBK60161331926819", "account number", "GB29NWBK60161331926819"),
+        ("617.555.0123", "phone", "617.555.0123"),
+        ("(617) 555 0123", "phone", "(617) 555 0123"),
+        ("(617)555 0123", "phone", "(617)555 0123"),
+        ("13812345678", "phone", "13812345678"),
+        ("221B Baker Street", "address", "221B Baker Street"),
+        ("resides at 12 maple lane", "address", "12 maple lane"),
+        ("Cambridge, MA  02139", "zip", "02139"),
+        ("Cambridge, MA, 02139", "zip", "02139"),
+        ("lives in Ann Arbor,MI with a cat", "place", "Ann Arbor,MI"),
+        ("from Wayne County", "place", "Wayne County"),
+        ("on 3-4-2021 and", "date", "3-4-2021"),
+        ("the \u0662nd day of March", "date", "\u0662nd day of March"),
+        ("seen on 12/4 for", "date", "12/4"),
+        ("patient name=Jane Doe", "name", "Jane Doe"),
+        ("my name is Jane Doe", "name", "Jane Doe"),
+        ("Prof. Doe", "name", "Doe"),
+        ("Nurse Doe", "name", "Doe"),
     ],
 )
 def test_each_form_is_found(text: str, kind: str, value: str) -> None:
@@ -106,41 +140,20 @@ def test_each_form_is_found(text: str, kind: str, value: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *(
-            "BP 120/80, pulse 72/min, SpO2 98%, 5/10 pain, 24/7 care",
-            "ratio 1:100; titer 1:640; grade 2/3; 4/5 strength",
-        ),
+        "BP 120/80, pulse 72/min, SpO2 98%, 5/10 pain, 24/7 care",
+        "ratio 1:100; titer 1:640; grade 2/3; 4/5 strength",
         *("Mr. Murphy's sign", "Dr. Apgar", "Mr. X and Mrs. Y", "Dr. Virchow's triad", "Nurse Practitioner", "Miss I"),
-        *(
-            "on day 3 of 14",
-            "in 2019",
-            "from 2007-2009",
-            "an 89-year-old",
-            "over 90 years old",
-            "aged 90 days",
-            "age 120 mg",
-        ),
-        *(
-            "WBC 12,500/mm3",
-            "platelets 250000",
-            "dose 1000-2000 mg",
-            "counts of 500-1000 cells",
-            "rs113993960",
-            "NCT01206062",
-        ),
+        *("on day 3 of 14", "in 2019", "from 2007-2009", "an 89-year-old", "over 90 years old", "aged 90 days"),
+        "age 120 mg",
+        *("WBC 12,500/mm3", "platelets 250000", "dose 1000-2000 mg", "counts of 500-1000 cells", "rs113993960"),
+        "NCT01206062",
         *("EC 1.1.1.27", "lipase (3.1.1.3)", "version 10.2.3.4", "HLA-B*27:05:02:01", "12:30:45", "std::vector"),
         *("000-12-3456", "666-12-3456", "912-34-5678", "123-00-4567", "123-45-0000"),
         *("4111 1111 1111 1112", "GB29 NWBK 6016 1331 9268 18", "1M8GDM9A1KP042788", "11010519491231002Y"),
         *("https://doi.org/10.1000/182", "www.nejm.org/doi/full", "https://www.cdc.gov/flu", "p < 0.05 @ baseline"),
         *("may 5", "March on", "In May 10 patients were enrolled", "13/45/2020", "2020-13-45", "an august body"),
-        *(
-            "patient 12345 ml",
-            "the record of 2019",
-            "case 4",
-            "takes it into account 5 times",
-            "serial sevens",
-            "contact time 200-3000 ms",
-        ),
+        *("patient 12345 ml", "the record of 2019", "case 4", "takes it into account 5 times", "serial sevens"),
+        "contact time 200-3000 ms",
         *("stroke, MI, and PE", "trained at Silver Spring, MD", "Plus, CT showed", "Cook County Hospital"),
         *(
             "I21.9 E11.65 J45.909",
@@ -150,6 +163,7 @@ def test_each_form_is_found(text: str, kind: str, value: str) -> None:
             "0.00-0.04",
             "1.5 x 10^9/L",
             "+140 mEq",
+            "1M8GDM9A\u0661KP042788",  # an Arabic digit is worth nothing in a vehicle's number
         ),
     ],
 )
@@ -278,65 +292,14 @@ def test_the_tally_stays_small() -> None:
 
 PIECES = st.sampled_from(
     [
-        *(
-            "Mr. ",
-            "Dr.",
-            "Smith",
-            "Patient name: ",
-            "Name:",
-            "MRN ",
-            "#",
-            "account no. ",
-            "Fax: ",
-            "phone ",
-            "call me at ",
-        ),
-        *(
-            "@",
-            "example.com",
-            "http://",
-            "www.",
-            ".com/",
-            "[",
-            "]",
-            "[phone]",
-            "[e-mail]",
-            "(01)",
-            "+1",
-            "+",
-            "-",
-            ".",
-            " ",
-            "\n",
-            "\x00",
-        ),
-        *(
-            "1234",
-            "617-555-0123",
-            "123-45-6789",
-            "12/31/1999",
-            "May 5",
-            "2021",
-            "95",
-            "-year-old",
-            "aged ",
-            "::",
-            "fe80",
-            ":",
-        ),
-        *(
-            "Maple Street",
-            "12 ",
-            "Springfield, IL 62704",
-            "lives in ",
-            "MD",
-            "İ",
-            "ﬀ",
-            "\u2011",
-            "\ud800",
-            "月",
-            "1HGCM82633A004352",
-        ),
+        *("Mr. ", "Dr.", "Smith", "Patient name: ", "Name:", "MRN ", "#", "account no. ", "Fax: ", "phone "),
+        "call me at ",
+        *("@", "example.com", "http://", "www.", ".com/", "[", "]", "[phone]", "[e-mail]", "(01)", "+1", "+", "-"),
+        *(".", " ", "\n", "\x00"),
+        *("1234", "617-555-0123", "123-45-6789", "12/31/1999", "May 5", "2021", "95", "-year-old", "aged ", "::"),
+        *("fe80", ":"),
+        *("Maple Street", "12 ", "Springfield, IL 62704", "lives in ", "MD", "İ", "ﬀ", "\u2011", "\ud800", "月"),
+        "1HGCM82633A004352",
     ]
 )
 TEXTS = st.one_of(st.text(), st.lists(PIECES, max_size=25).map("".join))
@@ -358,44 +321,30 @@ def test_any_text_gives_sound_spans_and_masks_for_good(text: str) -> None:
     assert find_identifiers(partly, direct) == [] and not direct & set(kinds_in(partly))
 
 
+def find_without_hints(text: str) -> list[identifiers.Hit]:
+    return identifiers._find(identifiers._fold(text), list(range(len(identifiers.RULES_BEHIND))), None)
+
+
+@settings(max_examples=250, deadline=None)
+@given(TEXTS, TEXTS)
+def test_hints_decide_what_is_run_not_what_is_found(one: str, other: str) -> None:
+    expected = [find_without_hints(one), find_without_hints(other)]
+    assert [find_identifiers(one), find_identifiers(other)] == find_in_row([one, other]) == expected
+
+
+def test_hints_miss_nothing_in_notes_from_a_seed() -> None:
+    for case in (str, str.upper, str.lower, str.title):
+        texts = [case(note.text) for note in make_notes(250, seed=12, identifiers=4)]
+        assert [find_identifiers(text) for text in texts] == [find_without_hints(text) for text in texts]
+
+
 @pytest.mark.parametrize(
     "unit",
     [
-        *(
-            "a",
-            "1",
-            "a ",
-            "1 ",
-            "a.",
-            "1.",
-            "1-",
-            "a@",
-            "@a.",
-            "+1 ",
-            "((",
-            ":a",
-            "1/",
-            "Mr. A",
-            "A",
-            "Aa ",
-            "Ab, ",
-            "www.",
-            "http://",
-        ),
-        *(
-            "May 1",
-            "call at ",
-            "phone ",
-            "name: ",
-            "MRN ",
-            "12 Aa ",
-            "(at)a",
-            "name: Ab, Ab ",
-            "1234-",
-            "[phone]",
-            "9 year",
-            "\u00e9. ",
-        ),
+        *("a", "1", "a ", "1 ", "a.", "1.", "1-", "a@", "@a.", "+1 ", "((", ":a", "1/", "Mr. A", "A", "Aa "),
+        *("Ab, ", "www.", "http://"),
+        *("May 1", "call at ", "phone ", "name: ", "MRN ", "12 Aa ", "(at)a", "name: Ab, Ab ", "1234-", "[phone]"),
+        *("9 year", "\u00e9. "),
     ],
 )
 def test_time_grows_with_length_only(unit: str) -> None:

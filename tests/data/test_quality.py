@@ -5,6 +5,7 @@ import pickle
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medcot.data import flaws, quality
 from medcot.data.columns import build_examples
 from medcot.data.findings import Chunk, Finding, Severity
 from medcot.data.flaws import find_flaws, find_loop, shorten
@@ -174,6 +176,26 @@ def test_flaws(fault: str, texts: list[str]) -> None:
 )
 def test_what_is_no_flaw(text: str) -> None:
     assert flaws_of(text) == set()
+
+
+def test_no_quick_question_hides_a_flaw() -> None:
+    for key, phrases in flaws._PHRASES.items():
+        for phrase in phrases:
+            for text in (f"{key} And {phrase}", f"{key.upper()} Café: {phrase.title()}".replace("'", "’")):
+                assert "placeholder" in flaws_of(text), text
+    for code in range(0x10000):
+        if flaws._CONTROLS.match(chr(code)):
+            assert "broken_text" in flaws_of(f"Fine {chr(code)} 好"), code
+    for lead in "ÂÃ":
+        assert "broken_text" in flaws_of(f"Fine {lead}© 好")
+    assert all("broken_text" in flaws_of(f"Fine {text}") for text in ("Î±", "Ï€", "â€™", "ï»¿", "ðŸ˜"))
+
+
+def test_what_the_very_end_shares_settles_it(real: list[Example]) -> None:
+    pairs = [(row.reasoning or "", row.response or "") for row in real]
+    moved = [(reasoning, response) for (reasoning, _), (_, response) in pairwise(pairs)]
+    for reasoning, response in [*pairs, *moved]:
+        assert quality._misses(reasoning, response) == (compute_shared(reasoning, response) < LEAST_SHARED)
 
 
 def test_loops_are_found_wherever_they_are() -> None:

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from medcot.data.words import Signs, Windows, cut_stretches, excerpt, fold_numbers, hash_words, normalise
+from medcot.data.words import (
+    _TABLES,
+    Signs,
+    Windows,
+    cut_stretches,
+    excerpt,
+    fold_numbers,
+    hash_words,
+    list_words,
+    normalise,
+)
 
 SAME = [
     ("Chest pain -- radiating,\n to the LEFT arm!", "chest pain radiating to the left arm"),
@@ -52,6 +62,13 @@ def test_numbers_fold_one_for_one() -> None:
     text = normalise("T 38.5 °C, BP 120/80, B12 ٣٤", Signs.DROP)
     assert fold_numbers(text) == "t 0 0 c bp 0 0 b0 0"
     assert normalise("a < -5 + b", Signs.DROP) == "a 5 b"
+
+
+@given(st.text() | st.text("aB3 +-−’é中ﬁ\u200d\ud800", min_size=20))
+def test_the_quick_way_to_translate_is_the_plain_one(text: str) -> None:
+    for signs, table in _TABLES.items():
+        assert table.apply(text) == text.translate(table)
+        assert " ".join(list_words(text, signs)) == normalise(text, signs)
 
 
 @given(st.text())

@@ -115,13 +115,18 @@ class RowStream:
     ``notes`` are known when it has ended, of its own or at the limit.
 
     Attributes:
+        files: what it reads, in order.
+        own_notes: those of ``notes`` that are no file's.
+        folder: whether they are a folder's, be it of one file.
+        limit: the most rows it gives; ``None`` for all.
+        ended: whether the last pass came to its end.
         num_rows: rows given so far.
         places: where they lie.
     """
 
     def __init__(self, files: Sequence[RowFile], notes: Sequence[str], *, folder: bool, limit: int | None) -> None:
-        self._files, self._own_notes, self._folder, self._limit = files, tuple(notes), folder, limit
-        self._ended = self._under_way = False
+        self.files, self.own_notes, self.folder, self.limit = files, tuple(notes), folder, limit
+        self.ended = self._under_way = False
         self.num_rows = 0
         self.places = Places(())
 
@@ -131,10 +136,10 @@ class RowStream:
         Raises:
             DataError: where anything in the way cannot be read exactly; the message names the file and the line.
         """
-        self._ended, self._under_way = False, True
-        self.num_rows, self.places = 0, Places((), (), len(self._files) > 1)
-        for file in self._files:
-            if self.num_rows == self._limit:
+        self.ended, self._under_way = False, True
+        self.num_rows, self.places = 0, Places((), (), len(self.files) > 1)
+        for file in self.files:
+            if self.num_rows == self.limit:
                 file.finish()
                 continue
             name = file.path.name
@@ -142,10 +147,10 @@ class RowStream:
             for row in file:
                 self.num_rows += 1
                 yield row, name
-                if self.num_rows == self._limit:
+                if self.num_rows == self.limit:
                     file.finish()
                     break
-        self._ended, self._under_way = True, False
+        self.ended, self._under_way = True, False
 
     def fetch(self, numbers: Sequence[int]) -> dict[int, RawRow]:
         """Return rows by number, counted from 1 over all files.
@@ -169,7 +174,7 @@ class RowStream:
                     "Start again if the data was changed meanwhile",
                 )
         found: dict[int, RawRow] = {}
-        for file, before in zip(self._files, self.places.before, strict=False):
+        for file, before in zip(self.files, self.places.before, strict=False):
             here = [number - before for number in numbers if before < number <= before + file.num_rows]
             found |= {before + number: row for number, row in file.fetch(here).items()}
         return found
@@ -177,21 +182,21 @@ class RowStream:
     @property
     def sha256(self) -> str:
         """The checksum of all bytes, whatever the limit."""
-        assert self._ended, "known when the stream has ended"
-        return _join_digests(self._files) if self._folder else self._files[0].sha256
+        assert self.ended, "known when the stream has ended"
+        return _join_digests(self.files) if self.folder else self.files[0].sha256
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """The files read and how many rows each gave."""
-        assert self._ended, "known when the stream has ended"
-        read = self._files[: len(self.places.names)]
+        assert self.ended, "known when the stream has ended"
+        read = self.files[: len(self.places.names)]
         return tuple(Part(file.path.name, file.num_rows) for file in read)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What was left out or read otherwise than the names say, in sentences."""
-        assert self._ended, "known when the stream has ended"
-        return tuple(note for file in self._files for note in file.notes) + self._own_notes
+        assert self.ended, "known when the stream has ended"
+        return tuple(note for file in self.files for note in file.notes) + self.own_notes
 
 
 def stream_files(path: Path, limit: int | None = None) -> RowStream:

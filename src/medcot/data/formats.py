@@ -48,6 +48,7 @@ class RowFile(abc.ABC):
 
     Attributes:
         path: the file.
+        state: its size in bytes and time of change when it was opened.
         notes: after a pass, what was left out or read otherwise than the name says, in sentences.
         num_rows: rows that the pass has given so far.
         sha256: after a pass, or ``finish``, that of the file's bytes.
@@ -58,7 +59,7 @@ class RowFile(abc.ABC):
         self.notes: list[str] = []
         self.num_rows = 0
         self.sha256 = ""
-        self._state = self._look()
+        self.state = self._look()
 
     def __iter__(self) -> Iterator[RawRow]:
         """Read the rows in order.
@@ -67,7 +68,7 @@ class RowFile(abc.ABC):
             DataError: anything in the way cannot be read exactly; the message names the file and the line.
         """
         self.notes, self.num_rows = [], 0
-        if self._state[0] == 0:
+        if self.state[0] == 0:
             raise no_rows(self.path, "is empty (0 bytes)")
         for row in self._read():
             self.num_rows += 1
@@ -86,7 +87,7 @@ class RowFile(abc.ABC):
         if not wanted:
             return {}
         assert wanted[0] >= 1 and wanted[-1] <= self.num_rows, f"row {wanted[-1]} of {self.num_rows} seen"
-        if self._look() != self._state:
+        if self._look() != self.state:
             raise DataError(
                 f"'{self.path}' was changed while it was read", "Data must stay as it is meanwhile", "Start again"
             )
@@ -131,7 +132,8 @@ class TextRows(RowFile):
             self.notes.append(f"{self._num_blank:,} blank line{plural} in {self.path.name} hold no row")
             self._num_blank = 0
 
-    def _open(self) -> Lines:
+    def open_lines(self) -> Lines:
+        """Begin a pass: open the file at its start, for ``finish`` to close."""
         if self._lines is not None:
             self._lines.close()
         self._marks, self._num_blank = [], 0
@@ -176,7 +178,7 @@ class JsonRows(TextRows):
         self._whole: list[RawRow] | None = None
 
     def _read(self) -> Iterator[RawRow]:
-        lines = self._open()
+        lines = self.open_lines()
         rest = iter(lines)
         first = self._skip_blank(rest)
         if first is None:

@@ -66,6 +66,7 @@ class Lines:
         number: of the line last given, from 1.
         start: where that line begins, in bytes of the unpacked text.
         end: where it ends.
+        stream: the unpacked bytes; who reads there goes past what counts and decodes.
     """
 
     def __init__(self, path: Path, kind: str, *, hashed: bool) -> None:
@@ -76,7 +77,7 @@ class Lines:
         except OSError as error:
             raise unreadable(path, error) from error
         self._plain = io.BufferedReader(self._raw, _BLOCK_BYTES)
-        self._stream: Any = gzip.GzipFile(fileobj=self._plain) if path.suffix.lower() == ".gz" else self._plain
+        self.stream: Any = gzip.GzipFile(fileobj=self._plain) if path.suffix.lower() == ".gz" else self._plain
 
     def __iter__(self) -> Iterator[str]:
         """Read on from where the last line ended.
@@ -85,7 +86,7 @@ class Lines:
             DataError: bytes that are no UTF-8 text, a broken gzip file, a disk that cannot be read.
         """
         try:
-            for raw in self._stream:
+            for raw in self.stream:
                 self.number += 1
                 self.start = self.end
                 self.end += len(raw)
@@ -98,7 +99,7 @@ class Lines:
 
     def seek(self, offset: int) -> None:
         """Go to the start of a line; going forward is cheap in a packed file too."""
-        self._stream.seek(offset)
+        self.stream.seek(offset)
         self.end = offset
 
     def finish(self) -> str:
@@ -111,7 +112,7 @@ class Lines:
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
+        self.stream.close()
         self._plain.close()
 
     def _broken_gzip(self, error: Exception) -> DataError:

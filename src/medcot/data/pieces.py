@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import json
 import pickle
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from medcot.data.files import Kind, Places, RawRow, RowStream, find_kind, stream_files
-from medcot.data.formats import JsonRows
+from medcot.data.files import Kind, Places, RowStream, find_kind, stream_files
+from medcot.data.formats import JsonRows, parse_lines
 from medcot.data.lines import no_rows
 from medcot.data.sources import SourceStream
 from medcot.errors import DataError
@@ -124,20 +123,27 @@ class LinesPiece(_Range):
         """
         data = self.load()
         try:
-            if b"\0" in data:
-                raise ValueError("a null byte")
-            return [_parse(data[start:stop]) for start, stop in itertools.pairwise((*self.starts, len(data)))]
-        except (ValueError, RecursionError):
-            for _ in stream_files(self.path):  # whose errors know the line, and say what to do
+            return self._parse(data, self.start)
+        except DataError:
+            for _ in stream_files(self.path):  # whose errors know the number of the line
                 pass
             raise self.changed() from None
 
     def pick(self, positions: Sequence[int]) -> list[Any]:
         """Return some of the rows."""
+        rows: list[Any] = []
         try:
-            return [_parse(data) for data in self.cut(positions)]
-        except ValueError:  # all of it could be read before
+            for position, data in zip(positions, self.cut(positions), strict=True):
+                rows += self._parse(data, self.start + self.starts[position])
+        except DataError:  # all of it could be read before
             raise self.changed() from None
+        if len(rows) != len(positions):
+            raise self.changed()
+        return rows
+
+    def _parse(self, data: bytes, start: int) -> list[Any]:
+        """Return the rows on some of its lines; a byte order mark belongs to the first line of a file only."""
+        return parse_lines(data, self.path, first_line=1 if start == 0 else 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,12 +180,12 @@ class SourcePieces:
         self._scratch, self._rows_per_piece = scratch, rows_per_piece
         self.figures, self.total_bytes = stream, None
         self._lines: CutStream | None = None
-        rows = stream._rows
-        self._several = isinstance(rows, RowStream) and len(rows._files) > 1
-        if isinstance(rows, RowStream) and all(_is_plain(file.path) for file in rows._files):
+        rows = stream.rows
+        self._several = isinstance(rows, RowStream) and len(rows.files) > 1
+        if isinstance(rows, RowStream) and all(_is_plain(file.path) for file in rows.files):
             self._lines = CutStream(rows, rows_per_piece)
-            self.figures = SourceStream(self._lines, stream.source, stream._limit, stream._own_notes)
-            self.total_bytes = sum(file.path.stat().st_size for file in rows._files)
+            self.figures = SourceStream(self._lines, stream.source, stream.limit, stream.own_notes)
+            self.total_bytes = sum(file.path.stat().st_size for file in rows.files)
 
     def __iter__(self) -> Iterator[Piece]:
         """Cut.
@@ -211,10 +217,10 @@ class _CutFile(JsonRows):
     def cut(self, places: Places, first: int, limit: int | None, rows_per_piece: int) -> Iterator[LinesPiece]:
         """Yield pieces of at most ``limit`` rows in all, the first of which has the number ``first`` in the source."""
         self.notes, self.num_rows = [], 0
-        if self._state[0] == 0:
+        if self.state[0] == 0:
             raise no_rows(self.path, "is empty (0 bytes)")
         offset = 0
-        for lines in _batch(self._open()._stream, rows_per_piece):
+        for lines in _batch(self.open_lines().stream, rows_per_piece):
             most = len(lines) if limit is None else limit - self.num_rows
             starts, num_bytes = self._find_starts(lines, most)
             if starts:
@@ -246,24 +252,24 @@ class CutStream(RowStream):
     """The files of a stream, all of plain JSON Lines, as pieces."""
 
     def __init__(self, rows: RowStream, rows_per_piece: int) -> None:
-        self._cut_files = [_CutFile(file.path, Kind.JSONL) for file in rows._files]
-        super().__init__(self._cut_files, rows._own_notes, folder=rows._folder, limit=rows._limit)
+        self._cut_files = [_CutFile(file.path, Kind.JSONL) for file in rows.files]
+        super().__init__(self._cut_files, rows.own_notes, folder=rows.folder, limit=rows.limit)
         self._rows_per_piece = rows_per_piece
 
     def cut(self) -> Iterator[LinesPiece]:
         """Yield the pieces of all files."""
-        self._ended, self.num_rows, self.places = False, 0, Places((), (), len(self._cut_files) > 1)
+        self.ended, self.num_rows, self.places = False, 0, Places((), (), len(self._cut_files) > 1)
         for file in self._cut_files:
-            if self.num_rows == self._limit:
+            if self.num_rows == self.limit:
                 file.finish()
                 continue
             name, before, several = file.path.name, self.num_rows, self.places.several
             self.places = Places((*self.places.names, name), (*self.places.before, before), several)
-            left = None if self._limit is None else self._limit - before
+            left = None if self.limit is None else self.limit - before
             for piece in file.cut(Places((name,), (before,), several), before + 1, left, self._rows_per_piece):
                 self.num_rows += piece.num_rows
                 yield piece
-        self._ended = True
+        self.ended = True
 
 
 def _is_blank(line: bytes) -> bool:
@@ -271,14 +277,6 @@ def _is_blank(line: bytes) -> bool:
     if line[:1] == b"{":
         return False
     return line.isspace() or line.removeprefix(_MARK).decode("utf-8", "replace").isspace()
-
-
-def _parse(data: bytes) -> RawRow:
-    """Return the row on the first of these lines; the others are blank."""
-    row = json.loads(data[: data.find(b"\n") + 1 or None].removeprefix(_MARK).decode())
-    if not isinstance(row, dict):
-        raise ValueError("no object")
-    return row
 
 
 # Everything else -----------------------------------------------------------------------------------------------------

@@ -121,24 +121,6 @@ class Plan:
         return fields
 
 
-@dataclass(frozen=True, slots=True)
-class PlanBuilder:
-    """A plan as a scan wants it (``scan.Builder``)."""
-
-    plan: Plan
-    places: Places | None = None
-
-    @property
-    def settings(self) -> str:
-        """Whatever changes the examples, as text."""
-        return self.plan.settings
-
-    def build(self, first: int, rows: Sequence[object]) -> tuple[list[Example], list[Quarantined]]:
-        """Turn rows that follow one another into examples and rows set aside; ``first`` is the first one's number."""
-        built = self.plan.build(rows, first, self.places)
-        return built.examples, built.quarantined
-
-
 def make_id(source: str, row_number: int) -> str:
     """Return the id of a row: the source's name without folder and ending, a colon, the row's number from 1."""
     name = PurePath(source).name

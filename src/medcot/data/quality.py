@@ -312,7 +312,9 @@ def _stands_in(question: str, reasoning: str) -> bool:
 def _is_tiny(reasoning: str) -> bool:
     if len(reasoning) >= 40 * FEWEST_WORDS:
         return False
-    return len(reasoning.split(maxsplit=FEWEST_WORDS)) < FEWEST_WORDS and len(_HAN_AND_KIN.findall(reasoning)) < FEWEST_CJK
+    return (
+        len(reasoning.split(maxsplit=FEWEST_WORDS)) < FEWEST_WORDS and len(_HAN_AND_KIN.findall(reasoning)) < FEWEST_CJK
+    )
 
 
 def _gold_text(example: Example) -> str:

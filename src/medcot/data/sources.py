@@ -67,12 +67,15 @@ class SourceStream:
     known when it has ended.
 
     Attributes:
+        rows: the stream behind it.
         source: the path or Hub id, without a slice.
+        limit: the most rows it gives; ``None`` for all.
+        own_notes: those of ``notes`` that are not of ``rows``.
         revision: the Hub commit, where known.
     """
 
     def __init__(self, rows: RowStream | HubRows, source: str, limit: int | None, notes: tuple[str, ...]) -> None:
-        self._rows, self._limit, self._own_notes = rows, limit, notes
+        self.rows, self.limit, self.own_notes = rows, limit, notes
         self.source = source
         self.revision = rows.revision if isinstance(rows, HubRows) else None
 
@@ -82,38 +85,38 @@ class SourceStream:
         Raises:
             DataError: where anything in the way cannot be read exactly.
         """
-        return iter(self._rows)
+        return iter(self.rows)
 
     def fetch(self, numbers: Sequence[int]) -> dict[int, RawRow]:
         """Return rows by number, counted from 1."""
-        return self._rows.fetch(numbers)
+        return self.rows.fetch(numbers)
 
     @property
     def num_rows(self) -> int:
         """Rows given so far."""
-        return self._rows.num_rows
+        return self.rows.num_rows
 
     @property
     def places(self) -> Places:
         """Which file each of them lies in."""
-        return self._rows.places
+        return self.rows.places
 
     @property
     def sha256(self) -> str:
         """That of a file's bytes, or of a Hub data set's rows as taken, in canonical JSON."""
-        return self._rows.sha256
+        return self.rows.sha256
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """The files behind a folder, in order; one for a file, none for a Hub data set."""
-        return self._rows.parts
+        return self.rows.parts
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What the reader should know of how it was read."""
-        short = self._limit is not None and self.num_rows < self._limit
-        asked = (f"{self._limit:,} rows were asked for, {self.source} has {self.num_rows:,}",) if short else ()
-        return self._rows.notes + self._own_notes + asked
+        short = self.limit is not None and self.num_rows < self.limit
+        asked = (f"{self.limit:,} rows were asked for, {self.source} has {self.num_rows:,}",) if short else ()
+        return self.rows.notes + self.own_notes + asked
 
 
 def stream_rows(

@@ -28,7 +28,7 @@ class TableRows(TextRows):
         self._header: list[str] = []
 
     def _read(self) -> Iterator[RawRow]:
-        lines = self._open()
+        lines = self.open_lines()
         reader = csv.reader(_skip_blank_file(_cut_at_returns(lines), self.path), delimiter=self._delimiter, strict=True)
         records = self._checked(reader)
         self._header = _check_header(next(records, []), self.path, self._delimiter)

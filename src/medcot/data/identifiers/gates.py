@@ -4,7 +4,7 @@ A *gate* asks for a few words or *shapes*: the text with every digit made ``0`` 
 for a fixed string costs a hundredth of a pattern, but forty gates at every text were still most of the work. So before
 the gates come *hints*, asked of all texts of a row together: where a row has no hint of a gate, nothing behind the gate
 can be found in it. A hint is a pattern too, but one that begins with a character as it stands, which CPython looks for
-at the speed of memory; best in the row's *marks*, its shape without small letters, where a fifth of the text is left
+with memchr; best in the row's *marks*, its shape without small letters, where a fifth of the text is left
 and ``-00-`` stands wherever it stood before. Hints decide what is run, never what is found.
 """
 

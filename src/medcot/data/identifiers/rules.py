@@ -1,9 +1,9 @@
 r"""How each kind of identifier is recognised: a gate, a pattern, and where a pattern is not enough, a proof.
 
-A gate (``gates.py``) is what a text must hold for the pattern to be worth running, and most rows pass none. Patterns begin with a class of characters where they can, which CPython skips to;
-what must not stand before is a lookbehind over that first character, ``\d(?<!\w.)``. Every repetition is bounded, so
-that no text, however long or hostile, takes more than linear time. Numbers that count only behind a label are in
-``labelled.py``.
+A gate (``gates.py``) is what a text must hold for the pattern to be worth running, and most rows pass none. Patterns
+begin with a class of characters where they can, which CPython skips to; what must not stand before is a lookbehind over
+that first character, ``\d(?<!\w.)``. Every repetition is bounded, so that no text, however long or hostile, takes more
+than linear time. Numbers that count only behind a label are in ``labelled.py``.
 
 Sources: North American Numbering Plan (area codes and exchanges begin with 2-9); Social Security Administration (no
 area 000, 666 or 9xx); CMS, "Understanding the Medicare Beneficiary Identifier (MBI) Format"; GS1 (UDI).
@@ -199,7 +199,10 @@ RULES = (
     ),
     _rule(
         "address",
-        Gate(("address", "lives at", "living at", "resides at", "residing at"), hints=in_small("address", "v(?:es|ing) at", "resid")),
+        Gate(
+            ("address", "lives at", "living at", "resides at", "residing at"),
+            hints=in_small("address", "v(?:es|ing) at", "resid"),
+        ),
         r"[AaLlRr](?<!\w.)(?i:ddress|iv(?:es?|ing) at|esid(?:es?|ing) at) ?:? {0,2}"
         rf"(\d{{1,6}}[A-Za-z]? (?:[\w.']{{1,20}} ){{1,3}}?(?i:{_STREET})\b\.?)",
     ),

@@ -252,6 +252,9 @@ def test_a_mistake_in_the_call_makes_no_folder(tmp_path, monkeypatch, arguments,
     assert not os.listdir(tmp_path)
 
 
+TOO_LONG = json.dumps({"Question": "why " * 400, "Complex_CoT": "as " * 400, "Response": "so"})
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -259,7 +262,10 @@ def test_a_mistake_in_the_call_makes_no_folder(tmp_path, monkeypatch, arguments,
         ("not json\n", ("rows.jsonl",)),
         ('{"Question": "a", "Cmplex_CoT": "b", "Response": "c"}\n', ("Cmplex_CoT", "Complex_CoT")),
         ('{"Question": "", "Complex_CoT": "b", "Response": "c"}\n', ("1",)),
-        (json.dumps({"Question": "why " * 400, "Complex_CoT": "as " * 400, "Response": "so"}), ("No row is left of 1",)),
+        (
+            json.dumps({"Question": "why " * 400, "Complex_CoT": "as " * 400, "Response": "so"}),
+            ("No row is left of 1",),
+        ),
         (None, ("rows.jsonl",)),
     ],
     ids=["empty", "not JSON", "missing column", "no usable row", "all too long", "no file"],

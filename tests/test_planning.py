@@ -54,7 +54,9 @@ def test_facts_of_the_data_have_the_promised_keys(tmp_path, tokenizer):
     recipe = _recipe(f"data={_write(tmp_path, [_raw(), _raw('And now?'), _raw('')])}")
     data = planning.encode_examples(planning.read_examples(recipe), recipe, tokenizer)
     facts = data.facts()
-    assert facts.keys() == {"source", "revision", "rows", "tokens", "trained_tokens", "sha256", "quarantined"}
+    assert facts.keys() == {
+        *("source", "revision", "rows", "tokens", "trained_tokens", "sha256", "rows_sha256", "quarantined")
+    }
     assert (facts["rows"], facts["quarantined"]) == (2, 1)
     assert facts["tokens"] == sum(len(row.input_ids) for row in data.rows)
     assert 0 < facts["trained_tokens"] < facts["tokens"]

@@ -13,6 +13,9 @@ smoothed over five steps.
 
     python bench/gpu_curves.py ROWS.jsonl --out curves --json out.jsonl
     python bench/gpu_curves.py ROWS.jsonl --model FOLDER --pairs bf16,nf4
+    python bench/gpu_curves.py ROWS.jsonl --pairs bf16 --fp8 default,head-forward16,head16,slow-accum,backward16
+
+``--fp8`` judges FP8 with some of its products in 16 bit; what each rounding costs, fp8_error.py tells on a CPU.
 """
 
 from __future__ import annotations
@@ -30,9 +33,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gpu_common import free_memory, provenance, write_line
-from gpu_sft import RECIPE
+from gpu_sft import RECIPE, check_choice
 from medcot import engine, model, planning
 from medcot.embedded import convert_embedded
+from medcot.engine.frozen import Fp8, choose_fp8
 from medcot.recipe import Recipe, load_recipe
 from medcot.shapes import compute_shape
 from medcot.train import sft
@@ -45,22 +49,39 @@ if TYPE_CHECKING:
 SMOOTHED_STEPS = 5
 # Okabe and Ito's palette, told apart by the colour-blind too.
 COLOURS = {"bf16": "#0072b2", "nf4": "#009e73", "fp8": "#d55e00", "fp32": "#333333"}
+COLOURS |= {"fp8:head-forward16": "#e69f00", "fp8:head16": "#f0e442", "fp8:slow-accum": "#8b4513"}
+COLOURS |= {"fp8:backward16": "#7f3c8d", "fp8:all16-backward+head16": "#e73f74"}
 COLOURS |= {"bf16 / fp32": "#56b4e9", "plain / fp32": "#cc79a7", "nf4 / bf16": "#999999"}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two runs to compare; a run is a precision and whether it is accelerated."""
+    """Two runs to compare; a run is a precision, FP8's with a choice after a colon, and whether it is accelerated."""
 
     run: tuple[str, bool]
     reference: tuple[str, bool]
     limit: float | None  # largest relative difference of a step's loss; None: shown only
 
 
+FP8_CHOICES = {
+    "default": Fp8(),
+    "head-forward16": Fp8(head_forward=False),
+    "head16": Fp8(head_forward=False, head_backward=False),
+    "slow-accum": Fp8(fast_accum=False),
+    "backward16": Fp8(backward=False),
+    "all16-backward+head16": Fp8(backward=False, head_forward=False, head_backward=False),
+}
+
+
+def fp8_name(choice: str) -> str:
+    """The pair, and the precision, of a choice."""
+    return "fp8" if choice == "default" else f"fp8:{choice}"
+
+
 PAIRS = {
     "bf16": Pair(("bf16", True), ("bf16", False), 0.01),
     "nf4": Pair(("nf4", True), ("nf4", False), 0.01),
-    "fp8": Pair(("fp8", True), ("bf16", False), 0.02),
+    **{fp8_name(choice): Pair((fp8_name(choice), True), ("bf16", False), 0.02) for choice in FP8_CHOICES},
     # Which of the two stays closer to the same weights in float32, where no small contribution is rounded away.
     "bf16 / fp32": Pair(("bf16", True), ("fp32", False), 0.01),
     "plain / fp32": Pair(("bf16", False), ("fp32", False), 0.01),
@@ -94,7 +115,7 @@ def build_recipe(source: str, rows: str, precision: str, steps: int, batch_size:
 
 def run_curve(run: tuple[str, bool], options: argparse.Namespace) -> list[float]:
     """Train from freshly loaded weights; returns the loss of each step."""
-    precision, fast = run
+    (precision, _, choice), fast = run[0].partition(":"), run[1]
     recipe = build_recipe(options.model, options.rows, precision, options.steps, options.batch_size)
     loaded = model.load(recipe.model.source, precision=precision, max_seq_length=recipe.model.max_seq_length)
     rows = planning.encode_examples(planning.read_examples(recipe), recipe, loaded.tokenizer).rows
@@ -102,6 +123,9 @@ def run_curve(run: tuple[str, bool], options: argparse.Namespace) -> list[float]
     if fast:
         explanation = engine.accelerate(tuned)
         assert explanation.fast, explanation.reason
+        if precision == "fp8":
+            choose_fp8(tuned, FP8_CHOICES[choice or "default"])
+            check_choice(tuned, FP8_CHOICES[choice or "default"])
     shape = compute_shape(loaded.model.config)
     plan, _ = planning.build_plan(recipe, rows, shape, precision, loaded.device, fast=fast)
     losses: list[float] = []
@@ -115,7 +139,7 @@ def run_curve(run: tuple[str, bool], options: argparse.Namespace) -> list[float]
     device = loaded.device
     del loaded, tuned
     free_memory(device)
-    print(f"{label(run):<18} loss {losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} steps", flush=True)
+    print(f"{label(run):<24} loss {losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} steps", flush=True)
     return losses
 
 
@@ -219,13 +243,19 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("rows", help="file of rows with question, reasoning and response")
     parser.add_argument("--model", help="folder of the model (default: the embedded one, unpacked in bf16)")
     parser.add_argument("--pairs", default="bf16,nf4,fp8,bf16 / fp32", help=f"with commas: {', '.join(PAIRS)}")
+    parser.add_argument("--fp8", default="", help=f"more pairs, of FP8; with commas: {', '.join(FP8_CHOICES)}")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("curves"), help="written as OUT.png and OUT.json")
     parser.add_argument("--json", type=Path, help="file that one line a pair is added to")
     parser.add_argument("--save", action="store_true", help="add the result to bench/RESULTS.md")
     options = parser.parse_args()
-    options.names = options.pairs.split(",")
+    choices = [choice for choice in options.fp8.split(",") if choice]
+    odd = [choice for choice in choices if choice not in FP8_CHOICES]
+    if odd:
+        parser.error(f"no choice of FP8 is named {', '.join(odd)}")
+    asked = [name for name in options.pairs.split(",") if name]
+    options.names = list(dict.fromkeys([*asked, *map(fp8_name, choices)]))
     unknown = [name for name in options.names if name not in PAIRS]
     if unknown:
         parser.error(f"no pair is named {', '.join(unknown)}")

@@ -36,6 +36,7 @@ from gpu_ceiling import ceilings
 from gpu_common import GIB, free_memory, is_out_of_memory, seconds_since_start, synchronise, write_line
 from gpu_table import TRAINED, WHOLE
 from medcot import engine, model, planning
+from medcot.engine.frozen import Fp8, Fp8Head, choose_fp8
 from medcot.recipe import Recipe, load_recipe
 from medcot.records import Row
 from medcot.shapes import Shape, compute_shape
@@ -53,6 +54,7 @@ class Case:
     rows: tuple[int, ...]  # a step
     split: int | None = None  # rows a forward; None: the whole step in one
     checkpointing: str = "off"
+    fp8: Fp8 | None = None  # what an FP8 base computes in 8 bit; None: the default
 
 
 CASES = {
@@ -63,6 +65,10 @@ CASES = {
     "best-bf16": Case("best-bf16", "bf16", (8, 20)),
     "fp8-8": Case("fp8", "fp8", (8,)),
     "best-fp8": Case("fp8", "fp8", (20, 32)),
+    # What the choices of gpu_curves.py cost; no row of the table.
+    "fp8-head-forward16": Case("fp8-head-forward16", "fp8", (8, 32), fp8=Fp8(head_forward=False)),
+    "fp8-head16": Case("fp8-head16", "fp8", (8,), fp8=Fp8(head_forward=False, head_backward=False)),
+    "fp8-slow-accum": Case("fp8-slow-accum", "fp8", (8,), fp8=Fp8(fast_accum=False)),
 }
 
 
@@ -77,6 +83,7 @@ class Held:
     device: torch.device
     rows: dict[str, list[Row]]
     load_s: float
+    choice: Fp8 = field(default_factory=Fp8)  # what an FP8 base computes in 8 bit
 
 
 @dataclass
@@ -183,10 +190,20 @@ def train_held(
     engine.release(held.tuned)  # buffers that an earlier case has made would count as this one's memory
     free_memory(held.device)
     assert engine.accelerate(held.tuned).fast
+    if held.precision == "fp8":
+        check_choice(held.tuned, held.choice)
     plan, predicted_gib = planning.build_plan(recipe, rows, held.shape, held.precision, held.device, fast=True)
     with tempfile.TemporaryDirectory() as folder:
         sft.train(held.tuned, held.tokenizer, rows, plan, Path(folder), on_step=on_step)
     return plan, predicted_gib
+
+
+def check_choice(tuned: Any, choice: Fp8) -> None:
+    """See that the loss goes through the head as an FP8 choice wants it, so that no figure is given a wrong name."""
+    fast = engine.engine_of(tuned)
+    assert fast is not None
+    usual = choice.head_forward and choice.head_backward
+    assert usual or isinstance(fast.head, torch.Tensor | Fp8Head), f"the engine's head does not follow {choice}"
 
 
 def measure(held: Held, recipe: Recipe, labels: str, warmup: int) -> dict[str, Any]:
@@ -221,6 +238,8 @@ def run_case(
 ) -> dict[str, Any]:
     """Measure one case; returns its line. One that does not fit has no value, and says so."""
     case = CASES[name]
+    held.choice = case.fp8 or Fp8()
+    choose_fp8(held.tuned, held.choice)
     recipe = build_recipe(options.model, options.rows, case, num_rows, options.steps, options.warmup, labels)
     line: dict[str, Any] = {
         "figure": case.figure,
@@ -318,7 +337,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of the model")
     parser.add_argument("rows", help="file of rows with question, reasoning and response")
-    parser.add_argument("--case", default="", help=f"all, or names with commas: {', '.join(CASES)}")
+    parser.add_argument("--case", default="", help=f"all of the table, or names: {', '.join(CASES)}")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--trained-only", action="store_true", help="loss on reasoning and answer only")
     which.add_argument("--both", action="store_true", help="each case with loss on the whole text, and without")
@@ -328,7 +347,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--ceiling-seconds", type=float, default=20.0)
     parser.add_argument("--json", type=Path, help="file that one line a figure is added to")
     options = parser.parse_args()
-    options.names = list(CASES) if options.case == "all" else [name for name in options.case.split(",") if name]
+    options.names = [name for name in options.case.split(",") if name]
+    if options.case == "all":
+        options.names = [name for name, case in CASES.items() if case.fp8 is None]
     unknown = [name for name in options.names if name not in CASES]
     if unknown:
         parser.error(f"no case is named {', '.join(unknown)}; there are {', '.join(CASES)}")

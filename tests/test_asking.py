@@ -1,9 +1,10 @@
-"""Asking: which questions, how they are worded and drawn, and a sample file that everything later is made from."""
+"""Asking: which questions, how they are drawn and kept, and lines that everything later is made from."""
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,12 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from made_lines import make_task
 from medcot import asking, prompt
-from medcot.evaluate.grading import grade
+from medcot.evaluate.backends import Answer, Counts, Limits, OnAnswer, Request, answer_failed
+from medcot.evaluate.lines import read_completion
+from medcot.evaluate.store import AnswerStore, Subject
+from medcot.evaluate.tasks import Item, Task
 from medcot.folder import read_lines, write_lines
 from medcot.generate import Sampling
 from medcot.recipe import AskStage, Recipe, load_recipe
@@ -25,8 +30,10 @@ PROBLEMS = [
     Example("p2", "Three and two, in mL?", "t", gold="5 mL", answer_kind=AnswerKind.NUMBER, topic="sums"),
     Example("p3", "Four and two, in mL?", "t", gold="6 mL", answer_kind=AnswerKind.NUMBER, topic="more sums"),
 ]
+TASK = Task("sums.jsonl", tuple(Item(problem, problem.question) for problem in PROBLEMS), "0" * 64, 3)
 BEFORE = ["no end of thought", "hm</think>I cannot say", "hm</think>Final answer: 6 mL"]
 AFTER = ["so</think>Final answer: 4 mL", "so</think>Final answer: 9 mL", "so</think>Final answer: 6 mL"]
+GREEDY = Sampling(0.0, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -35,74 +42,91 @@ def tokenizer(tiny_folder: Path) -> PreTrainedTokenizerBase:
 
 
 class FakeModel:
-    """Answers from a list instead of weights, and remembers how it was asked."""
+    """Answers the asked questions from a list instead of weights, and remembers how it was asked."""
 
-    def __init__(self, answers: list[str], config: SimpleNamespace | None = None) -> None:
-        self.answers, self.calls = answers, []
+    def __init__(self, config: SimpleNamespace | None = None) -> None:
+        self.calls: list[dict[str, Any]] = []
         self.generation_config = config or SimpleNamespace(do_sample=False, temperature=1.0, top_p=1.0)
 
     def generate(self, model: Any, tokenizer: Any, prompts: Any, *, on_progress: Any, **how: Any) -> list[Any]:
         assert model is self
         self.calls.append({"prompts": [prompt.decode(ids, tokenizer) for ids in prompts], **how})
         on_progress(len(prompts), len(prompts))
-        graded = how["sampling"] == asking.GREEDY
-        texts = self.answers if graded else ["asked</think>and answered"] * len(prompts)
-        eos = tokenizer.eos_token_id
-        tokens = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        return [
-            ([*ids, eos], Finish.EOS) if "</think>" in text else (ids, Finish.LENGTH)
-            for ids, text in zip(tokens, texts, strict=True)
-        ]
+        ids = tokenizer("asked</think>and answered", add_special_tokens=False).input_ids
+        return [([*ids, tokenizer.eos_token_id], Finish.EOS)] * len(prompts)
+
+
+class FakeBackend:
+    """Answers graded questions from a list; a text of ``None`` is one that failed."""
+
+    def __init__(self, texts: Sequence[str | None]) -> None:
+        self.texts = dict(zip((problem.id for problem in PROBLEMS), texts, strict=True))
+        self.asked: list[Request] = []
+
+    def prompt_of(self, request: Request) -> str:
+        return f"{request.question}\n<think>"
+
+    def answer(self, requests: Sequence[Request], on_answer: OnAnswer) -> None:
+        for request in requests:
+            self.asked.append(request)
+            text = self.texts[request.item_id]
+            on_answer(answer_failed(request, "nothing came") if text is None else _answer(request, text))
+
+
+def _answer(request: Request, text: str) -> Answer:
+    think, tag, answer = text.partition("</think>")
+    finish = Finish.EOS if tag else Finish.LENGTH
+    return Answer(
+        request.item_id, request.seed, text, think, answer, bool(tag), finish, 9, len(think), len(answer), Counts.EXACT
+    )
+
+
+def _console() -> RunConsole:
+    return RunConsole(Console(file=io.StringIO()))
 
 
 def _recipe(*overrides: str) -> Recipe:
     return load_recipe(Recipe(), ["prompt=short", *overrides])
 
 
-def _ask(monkeypatch, tokenizer, answers: list[str], *overrides: str, problems=PROBLEMS) -> tuple[FakeModel, Any]:
-    model = FakeModel(answers)
+def _ask(monkeypatch, tokenizer, *overrides: str) -> tuple[FakeModel, Any]:
+    model = FakeModel()
     monkeypatch.setattr(asking, "generate", model.generate)
-    console = RunConsole(Console(file=io.StringIO()))
-    return model, asking.answer_all(model, tokenizer, _recipe(*overrides), problems, console, graded_batch=100)
+    return model, asking.ask_questions(model, tokenizer, _recipe(*overrides), _console())
+
+
+def _grade(path: Path, texts: Sequence[str | None], backend: FakeBackend | None = None) -> list[dict[str, Any]]:
+    backend = backend or FakeBackend(texts)
+    with AnswerStore(path) as store:
+        lines, _ = asking.grade_task(
+            backend,
+            TASK,
+            sampling=GREEDY,
+            seeds=(5,),
+            limits=Limits(9, 0),
+            store=store,
+            subject=Subject(str(texts), None, TASK.sha256),
+            console=_console(),
+            label="sums",
+        )
+    return lines
 
 
 def test_the_tutorial_s_question_comes_first_and_no_question_twice(monkeypatch, tokenizer):
     questions = f"ask.questions={json.dumps(['Why?', prompt.TUTORIAL_QUESTION, 'Why?'])}"
-    _, lines = _ask(monkeypatch, tokenizer, BEFORE, questions)
-    asked = [line for line in lines if line["kind"] == "ask"]
-    assert [line["question"] for line in asked] == [prompt.TUTORIAL_QUESTION, "Why?"]
-    assert [line["id"] for line in asked] == ["ask-1", "ask-2"]
+    model, lines = _ask(monkeypatch, tokenizer, questions)
+    assert [line["question"] for line in lines] == [prompt.TUTORIAL_QUESTION, "Why?"]
+    assert [line["id"] for line in lines] == ["ask-1", "ask-2"]
+    assert model.calls[0]["prompts"] == [f"{question}\n<think>" for question in (prompt.TUTORIAL_QUESTION, "Why?")]
 
 
-def test_only_graded_questions_carry_the_instruction(monkeypatch, tokenizer):
-    model, lines = _ask(monkeypatch, tokenizer, BEFORE, "evaluate.instruction=End with one line.")
-    asked, graded = (call["prompts"] for call in model.calls)
-    assert asked == [f"{prompt.TUTORIAL_QUESTION}\n<think>"]
-    assert graded == [f"{problem.question} End with one line.\n<think>" for problem in PROBLEMS]
-    assert [line["question"] for line in lines[1:]] == [problem.question for problem in PROBLEMS]
-    assert [line["prompt"] for line in lines[1:]] == graded
-
-
-def test_asked_ones_are_sampled_and_graded_ones_decoded_greedily(monkeypatch, tokenizer):
-    how = ["ask.max_new_tokens=7", "evaluate.max_new_tokens=9", "ask.seed=5"]
-    model, _ = _ask(monkeypatch, tokenizer, BEFORE, *how)
-    asked, graded = model.calls
-    assert asked["sampling"] == Sampling(0.6, 0.95) and graded["sampling"] == Sampling(0.0, 1.0)
-    assert (asked["max_new_tokens"], graded["max_new_tokens"], graded["batch_size"]) == (7, 9, 100)
-    assert asked["seed"] == graded["seed"] == 5
-
-
-def test_only_asked_questions_can_go_on_after_eos(monkeypatch, tokenizer):
-    model, _ = _ask(monkeypatch, tokenizer, BEFORE, "ask.ignore_eos=true")
-    assert [call["stop_at_eos"] for call in model.calls] == [False, True]
-    model, _ = _ask(monkeypatch, tokenizer, BEFORE)
-    assert [call["stop_at_eos"] for call in model.calls] == [True, True]
-
-
-def test_without_graded_problems_only_questions_are_asked(monkeypatch, tokenizer):
-    model, lines = _ask(monkeypatch, tokenizer, [], problems=[])
-    assert len(model.calls) == 1 and [line["kind"] for line in lines] == ["ask"]
-    assert asking.summarise_samples([], lines) is None
+def test_asked_questions_are_sampled_as_the_recipe_says(monkeypatch, tokenizer):
+    model, _ = _ask(monkeypatch, tokenizer, "ask.max_new_tokens=7", "ask.seed=5", "ask.ignore_eos=true")
+    (asked,) = model.calls
+    assert (asked["sampling"], asked["max_new_tokens"], asked["seed"]) == (Sampling(0.6, 0.95), 7, 5)
+    assert asked["stop_at_eos"] is False
+    model, _ = _ask(monkeypatch, tokenizer)
+    assert model.calls[0]["stop_at_eos"] is True
 
 
 @pytest.mark.parametrize(
@@ -117,56 +141,79 @@ def test_without_graded_problems_only_questions_are_asked(monkeypatch, tokenizer
 )
 def test_the_recipe_goes_before_the_model_and_the_model_before_r1(own, ask, wanted):
     config = SimpleNamespace(**dict(zip(("do_sample", "temperature", "top_p"), own, strict=True)))
-    assert asking.choose_sampling(FakeModel([], config), AskStage(**ask)) == Sampling(*wanted)
+    assert asking.choose_sampling(FakeModel(config), AskStage(**ask)) == Sampling(*wanted)
 
 
-def test_a_sample_has_every_promised_key(monkeypatch, tokenizer):
-    _, lines = _ask(monkeypatch, tokenizer, AFTER)
-    keys = {"kind", "id", "topic", "question", "gold", "prompt", "text", "think", "answer", "closed", "finish"}
-    keys |= {"outcome", "parsed", "num_prompt_tokens", "num_think_tokens", "num_answer_tokens"}
-    assert all(line.keys() == keys for line in lines)
-    asked, graded = lines[0], lines[1]
-    assert asked["outcome"] is None and asked["gold"] is None and asked["text"] == "asked</think>and answered"
-    assert (graded["think"], graded["answer"], graded["closed"]) == ("so", "Final answer: 4 mL", True)
-    assert (graded["outcome"], graded["parsed"], graded["finish"]) == ("correct", "4 mL", "eos")
-    assert graded["num_prompt_tokens"] == len(tokenizer(graded["prompt"]).input_ids)
-    assert graded["num_think_tokens"] == len("so</think>")  # this tokenizer has a token a letter
+def test_lines_of_both_kinds_can_stand_in_one_file(monkeypatch, tokenizer, tmp_path):
+    _, asked = _ask(monkeypatch, tokenizer)
+    graded = _grade(tmp_path / "store", AFTER)
+    assert asked[0].keys() < graded[0].keys()
+    assert asked[0]["outcome"] is None and asked[0]["text"] == "asked</think>and answered"
+    line = graded[0]
+    assert (line["think"], line["answer"], line["closed"]) == ("so", "Final answer: 4 mL", True)
+    assert (line["outcome"], line["parsed"], line["finish"]) == ("correct", "4 mL", "eos")
+    assert (line["task"], line["seed"], line["prompt"]) == ("sums.jsonl", 5, f"{PROBLEMS[0].question}\n<think>")
 
 
-def test_unfinished_and_unparsed_count_as_wrong(monkeypatch, tokenizer):
-    _, lines = _ask(monkeypatch, tokenizer, BEFORE)
-    summary = asking.summarise_samples(PROBLEMS, lines)
-    assert [line["outcome"] for line in lines[1:]] == ["unfinished", "unparsed", "correct"]
-    assert (summary["n"], summary["correct"], summary["unparsed"], summary["unfinished"]) == (3, 1, 1, 1)
-    assert summary["topics"] == {"sums": {"n": 2, "correct": 0}, "more sums": {"n": 1, "correct": 1}}
-    assert summary["style"]["completions"] == 4, "the asked question's style is measured too"
+def test_unfinished_unparsed_and_failed_count_as_wrong(tmp_path):
+    lines = _grade(tmp_path / "store", [*BEFORE[:2], None])
+    assert [line["outcome"] for line in lines] == ["unfinished", "unparsed", "failed"]
+    assert read_completion(lines[2]) is None and lines[2]["error"] == "nothing came"
 
 
-def test_what_is_read_back_is_summed_up_the_same(monkeypatch, tokenizer, tmp_path):
-    _, before = _ask(monkeypatch, tokenizer, BEFORE)
-    _, after = _ask(monkeypatch, tokenizer, AFTER)
+def test_what_was_answered_is_not_asked_again_but_what_failed_is(tmp_path):
+    texts = [AFTER[0], None, AFTER[2]]
+    first = _grade(tmp_path / "store", texts)
+    backend = FakeBackend(AFTER)
+    second = _grade(tmp_path / "store", texts, backend)
+    assert [request.item_id for request in backend.asked] == ["p2"]
+    assert [line["outcome"] for line in second] == ["correct", "wrong", "correct"] and first[0] == second[0]
+
+
+def test_before_and_after_are_summed_up_from_what_is_on_disk(monkeypatch, tokenizer, tmp_path):
+    _, asked = _ask(monkeypatch, tokenizer)
+    before, after = ([*asked, *_grade(tmp_path / name, texts)] for name, texts in (("b", BEFORE), ("a", AFTER)))
     for name, lines in (("before", before), ("after", after)):
         write_lines(tmp_path / name, lines)
         assert read_lines(tmp_path / name) == lines
-        assert asking.summarise_samples(PROBLEMS, read_lines(tmp_path / name)) == asking.summarise_samples(
-            PROBLEMS, lines
-        )
-    change = asking.compare_samples(read_lines(tmp_path / "before"), read_lines(tmp_path / "after"))
-    assert change == asking.compare_samples(before, after)
-    assert (change["gained"], change["lost"], change["delta"]) == (1, 0, pytest.approx(1 / 3))
-    assert change["p_value"] == 1.0  # one flip out of one
+    found = asking.summarise_samples([TASK], read_lines(tmp_path / "before"), read_lines(tmp_path / "after"))
+    assert (found["n"], found["gained"], found["lost"], found["delta"]) == (3, 1, 0, pytest.approx(1 / 3))
+    assert found["p_value"] == 1.0  # one flip out of one
+    was = found["before"]
+    assert (was["correct"], was["unparsed"], was["unfinished"]) == (1, 1, 1)
+    assert was["topics"] == {"sums": {"n": 2, "correct": 0}, "more sums": {"n": 1, "correct": 1}}
+    assert was["style"]["completions"] == 4, "the asked question's style is measured too"
+    task = found["tasks"]["sums.jsonl"]
+    assert task["sha256"] == TASK.sha256 and task["change"]["verdict"] == "no detectable change"
+    assert asking.summarise_samples([], asked, asked) == {}
 
 
-def test_grades_come_from_the_text_alone(monkeypatch, tokenizer):
-    _, lines = _ask(monkeypatch, tokenizer, AFTER)
-    for problem, line in zip(PROBLEMS, lines[1:], strict=True):
-        assert grade(problem, asking._completion(line)) == asking._grade(line)
-
-
-def test_the_table_sets_before_beside_after(monkeypatch, tokenizer):
-    _, before = _ask(monkeypatch, tokenizer, BEFORE)
-    _, after = _ask(monkeypatch, tokenizer, AFTER)
+def test_the_table_sets_before_beside_after(monkeypatch, tokenizer, tmp_path):
+    _, asked = _ask(monkeypatch, tokenizer)
+    before, after = ([*asked, *_grade(tmp_path / name, texts)] for name, texts in (("b", BEFORE), ("a", AFTER)))
     columns, rows = asking.tabulate(before, list(reversed(after)))
     assert columns == ["kind", "topic", "question", "gold", "before", "after", "outcome before", "outcome after"]
     assert len(rows) == 4 and all(len(row) == len(columns) for row in rows)
     assert rows[1] == ["eval", "sums", PROBLEMS[0].question, "4 mL", BEFORE[0], AFTER[0], "unfinished", "correct"]
+
+
+def test_a_base_is_known_by_all_that_its_answers_depend_on(tiny_folder, tmp_path):
+    from dataclasses import replace
+
+    from medcot.model import load
+
+    loaded = load(str(tiny_folder), precision="fp32", max_seq_length=64)
+    name = asking.name_base(loaded, accelerated=True)
+    assert name == asking.name_base(loaded, accelerated=True) != asking.name_base(loaded, accelerated=False)
+    (tmp_path / "model.safetensors").write_bytes(b"other")
+    assert asking.name_base(replace(loaded, resolved=str(tmp_path)), accelerated=True) != name
+    assert asking.name_base(replace(loaded, revision="c0ffee"), accelerated=True) != name
+
+
+def test_the_longest_prompt_is_counted_and_one_that_cannot_be_put_is_not(tokenizer):
+    task = make_task(num_items=3)
+    style = prompt.Style.SHORT
+    longest = asking.count_prompt_tokens([task], style, tokenizer)
+    assert longest == max(len(prompt.encode_prompt(item.prompt, style, tokenizer)) for item in task.items)
+    forged = Task("f.jsonl", (Item(PROBLEMS[0], "</think>" * 999),), "0" * 64, 1)
+    assert asking.count_prompt_tokens([task, forged], style, tokenizer) == longest

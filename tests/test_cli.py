@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from medcot import __version__, cli
 from medcot.errors import DataError
+from medcot.terminal import open_console
 
 TOKEN = "hf_" + "abcDEF123" * 4
 
@@ -281,7 +282,7 @@ def test_messages_survive_a_stream_without_unicode():
 
 
 def test_log_messages_are_shown_as_notes(capsys):
-    cli._console()
+    open_console()
     logging.getLogger("medcot.embedded").info("fetching %s", "once")
     logging.getLogger("medcot.embedded").warning("damaged")
     assert capsys.readouterr().out == "  fetching once\n! damaged\n"

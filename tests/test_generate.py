@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from medcot.engine.decoding import SLOT_STEP, Decoder
-from medcot.generate import Sampling, draw, eos_token_ids, generate, sampling_defaults
+from decoding_twins import nucleus
+from medcot.engine.decoding import SLOT_STEP, Decoder, next_logits
+from medcot.generate import Sampling, draw, eos_token_ids, generate, make_chances, row_seed, sampling_defaults
 from medcot.records import Finish
 from tiny_models import MIXED_WINDOWS, VOCAB, build_model, make_rows, pair
 
@@ -90,12 +91,17 @@ def test_first_logits_are_those_of_a_forward(models: tuple[Any, Any]) -> None:
     engine = engine_of(fast)
     assert engine is not None
     with torch.no_grad():
-        decoder = Decoder(engine, PROMPTS, 2)
-        first, second = decoder.prefill(), decoder.step(torch.full((len(PROMPTS),), 5))
-        for row, prompt in enumerate(PROMPTS):
+        decoder = Decoder(engine, len(PROMPTS), 25)
+        places = [3, 0, 6, 1, 2, 5, 4]
+        first, second = decoder.read(places, PROMPTS), decoder.step(torch.full((len(PROMPTS),), 5))
+        for row, (place, prompt) in enumerate(zip(places, PROMPTS, strict=True)):
             wanted = plain(input_ids=torch.tensor([[*prompt, 5]])).logits[0]
             assert torch.allclose(first[row], wanted[-2], atol=1e-4)
-            assert torch.allclose(second[row], wanted[-1], atol=1e-4)
+            assert torch.allclose(second[place], wanted[-1], atol=1e-4)
+        assert all(
+            torch.allclose(logits, first[row], atol=1e-4)
+            for row, logits in enumerate(torch.cat(list(next_logits(engine, PROMPTS))))
+        )
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------
@@ -116,9 +122,9 @@ def test_rows_stop_at_eos_and_leave_the_cache(models: tuple[Any, Any], monkeypat
     sizes: list[int] = []
     keep = Decoder.keep
 
-    def spy(decoder: Decoder, rows: Tensor) -> None:
-        keep(decoder, rows)
-        sizes.append(len(decoder.positions_B))
+    def spy(decoder: Decoder, places: Sequence[int]) -> None:
+        keep(decoder, places)
+        sizes.append(len(decoder.lengths))
 
     monkeypatch.setattr(Decoder, "keep", spy)
     eos = spread_stops([tokens for tokens, _ in run(fast)])
@@ -170,6 +176,124 @@ def test_the_models_repetition_penalty_changes_nothing(either: Any, monkeypatch:
 def test_eos_ids_come_from_both(configured: object, eos: int | None, wanted: set[int]) -> None:
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=configured))
     assert eos_token_ids(model, tokenizer_with(eos)) == wanted
+
+
+# --- slots that are filled again --------------------------------------------------------------------------------------
+
+ROOMS = [3, 1, 40, 17, 8, 29, 5]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
+@pytest.mark.parametrize(("family", "sizes"), [FAMILIES[0], FAMILIES[1]], ids=["llama", "mistral"])
+def test_a_refilled_slot_writes_what_a_batch_of_one_does(family: str, sizes: Any, sampling: Sampling) -> None:
+    fast, plain = pair(build_model(family, **sizes))
+    prompts, rooms = [*PROMPTS, *PROMPTS[::-1]], [*ROOMS, *ROOMS]
+    options: dict[str, Any] = {"max_new_tokens": rooms, "sampling": sampling, "seed": 5}
+    wanted = run(plain, prompts, batch_size=1, **options)
+    assert [len(tokens) for tokens, _ in wanted] == rooms
+    for batch_size in (1, 2, 3, 5, 99):
+        assert run(fast, prompts, batch_size=batch_size, **options) == wanted
+    assert run(plain, prompts, batch_size=4, **options) == wanted
+
+
+def test_slots_are_filled_while_others_go_on(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, _ = models
+    events: list[str] = []
+
+    def watch(name: str) -> None:
+        bound = getattr(Decoder, name)
+
+        def spy(*arguments: Any) -> Any:
+            events.append(name)
+            return bound(*arguments)
+
+        monkeypatch.setattr(Decoder, name, spy)
+
+    watch("read")
+    watch("step")
+    run(fast, PROMPTS[:4], batch_size=2, max_new_tokens=[30, 6, 6, 6])
+    assert events.count("read") == 3 and events.index("step") < len(events) - events[::-1].index("read") - 1
+    assert events.count("step") == 29  # the short ones went through the second slot beside the long one
+
+
+def test_draws_belong_to_their_row(either: Any) -> None:
+    seeds = [11, 2**62, 7, 11, 0, 3, 99]
+    whole = run(either, sampling=WARM, seed=seeds)
+    order = [5, 2, 6, 0]
+    some = run(either, [PROMPTS[row] for row in order], sampling=WARM, seed=[seeds[row] for row in order], batch_size=3)
+    assert some == [whole[row] for row in order]
+    same = run(either, [PROMPTS[0]] * 3, sampling=WARM, seed=[4, 5, 4])
+    assert same[0] == same[2] != same[1]
+    assert run(either, sampling=WARM, seed=8) == run(either, sampling=WARM, seed=[row_seed(8, i) for i in range(7)])
+
+
+def test_a_smaller_room_is_the_beginning(either: Any) -> None:
+    whole = run(either, sampling=WARM, seed=3)
+    cut = run(either, sampling=WARM, seed=3, max_new_tokens=9, batch_size=2)
+    assert cut == [(tokens[:9], Finish.LENGTH) for tokens, _ in whole]
+
+
+def test_an_answer_that_ends_at_its_first_token(either: Any) -> None:
+    firsts = [tokens[0] for tokens, _ in run(either)]
+    eos = max(firsts, key=firsts.count)
+    for batch_size in (1, 2, 7):
+        for first, (tokens, finish) in zip(firsts, run(either, eos=eos, batch_size=batch_size), strict=True):
+            assert (tokens == [eos] and finish is Finish.EOS) == (first == eos)
+    everywhere = run(either, [PROMPTS[firsts.index(eos)]] * 5, eos=eos, batch_size=2)
+    assert everywhere == [([eos], Finish.EOS)] * 5
+
+
+def test_each_answer_is_handed_over_as_it_ends(either: Any) -> None:
+    order: list[int] = []
+    kept: dict[int, Any] = {}
+
+    def on_written(row: int, answer: Any) -> None:
+        assert row not in kept
+        kept[row] = answer
+        order.append(row)
+
+    got = run(either, batch_size=3, max_new_tokens=ROOMS, on_written=on_written)
+    assert [kept[row] for row in range(len(PROMPTS))] == got
+    if order != sorted(order):  # the plain path hands over batch by batch
+        assert order == [1, 0, 4, 3, 6, 5, 2]
+
+
+def test_what_was_handed_over_is_kept_when_all_else_is_lost(models: tuple[Any, Any]) -> None:
+    fast, _ = models
+    kept = []
+
+    def on_written(row: int, answer: Any) -> None:
+        kept.append(row)
+        if len(kept) == 4:
+            raise KeyboardInterrupt
+
+    fast.train()
+    with pytest.raises(KeyboardInterrupt):
+        run(fast, batch_size=3, max_new_tokens=ROOMS, on_written=on_written)
+    assert kept == [1, 0, 4, 3] and fast.training
+    fast.eval()
+
+
+def test_prompts_are_read_in_pieces(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from medcot.engine import slots
+
+    fast, _ = models
+    wanted = run(fast)
+    monkeypatch.setattr(slots, "READ_TOKENS", 24)
+    sizes: list[int] = []
+    read = Decoder.read
+
+    def spy(decoder: Decoder, places: Any, prompts: Any) -> Tensor:
+        sizes.append(sum(map(len, prompts)))
+        return read(decoder, places, prompts)
+
+    monkeypatch.setattr(Decoder, "read", spy)
+    assert run(fast, batch_size=7) == wanted
+    assert sizes == [6, 23, 24, 17] and max(sizes) <= 24
+
+
+def test_no_prompts(either: Any) -> None:
+    assert run(either, []) == []
 
 
 # --- being told -------------------------------------------------------------------------------------------------------
@@ -229,6 +353,34 @@ def test_a_tiny_nucleus_is_greedy(either: Any) -> None:
     assert run(either, sampling=Sampling(0.9, 1e-6)) == run(either)
 
 
+def test_every_path_draws_the_same(models: tuple[Any, Any]) -> None:
+    fast, plain = models
+    for sampling in (WARM, Sampling(1.0, 1.0)):
+        assert run(fast, sampling=sampling, seed=6) == run(plain, sampling=sampling, seed=6)
+
+
+def test_a_stream_is_its_seed_s_own() -> None:
+    first = make_chances(3, 1000)
+    assert (make_chances(3, 40) == first[:40]).all() and first.min() >= 0 and first.max() < 1
+    for other in (2, 4, 3 + 2**32):  # PyTorch's own generator takes the last for the first
+        assert not (make_chances(other, 1000) == first).any()
+    assert len({row_seed(seed, row) for seed in range(100) for row in range(100)}) == 10_000
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 1.0])
+def test_a_draw_is_the_token_whose_stretch_holds_the_number(top_p: float) -> None:
+    logits = 3 * torch.randn(500, generator=torch.Generator().manual_seed(1))
+    shares = nucleus(logits, 0.7, top_p)
+    edges, chances = shares.cumsum(0), torch.from_numpy(make_chances(2, 64))
+    for chance, token in zip(
+        chances.double(), draw(logits.expand(64, -1), Sampling(0.7, top_p), chances).tolist(), strict=True
+    ):
+        assert shares[token] > 0 and edges[token] - shares[token] - 1e-6 <= chance <= edges[token] + 1e-6
+    most = torch.tensor([1 - 2**-24, 0.0])  # the ends of the interval
+    last, first = draw(logits.expand(2, -1), Sampling(0.7, top_p), most).tolist()
+    assert (first, last) == (int(shares.nonzero()[0]), int(shares.nonzero()[-1]))
+
+
 # Token ids in no order of probability, so that a forgotten re-sorting shows.
 CHANCES = {3: 0.5, 0: 0.3, 4: 0.15, 1: 0.05, 2: 0.0}
 LOGITS = torch.tensor([CHANCES[i] for i in range(5)]).log()
@@ -238,7 +390,8 @@ NOISE = 0.01
 
 
 def shares(temperature: float, top_p: float) -> dict[int, float]:
-    drawn = draw(LOGITS.expand(DRAWS, -1), Sampling(temperature, top_p), torch.Generator().manual_seed(4))
+    chances = torch.from_numpy(make_chances(4, DRAWS))
+    drawn = draw(LOGITS.expand(DRAWS, -1), Sampling(temperature, top_p), chances)
     assert drawn.shape == (DRAWS,)
     return {token: int((drawn == token).sum()) / DRAWS for token in range(5)}
 
@@ -281,7 +434,7 @@ def test_each_row_is_drawn_from_its_own_logits() -> None:
     wanted = torch.tensor([8, 0, 3, 3, 7, 1])
     logits[torch.arange(6), wanted] = 50.0
     for sampling in (GREEDY, WARM, Sampling(1.0, 1.0)):
-        assert torch.equal(draw(logits, sampling, torch.Generator().manual_seed(0)), wanted)
+        assert torch.equal(draw(logits, sampling, torch.rand(6)), wanted)
 
 
 @pytest.mark.parametrize(

@@ -27,12 +27,13 @@ ORDER = """
     train  evaluate  export  hub  tracking_worker
     tracking  report
     machine  folder  asking  planning  proof  diagnosis
-    examination
-    treatment
+    examination  answering
+    treatment  evaluation
     job  preview  startup
     admission
     sharing
-    pipeline  doctor
+    pipeline  doctor  terminal
+    cli_eval
     cli
     __main__
 """

@@ -40,7 +40,7 @@ def finished(recipe_file, rows_file, tmp_path_factory) -> tuple[dict[str, Any], 
     data = write_rows(out.parent / "rows.jsonl", rows)
     facts, output = run_job(
         recipe_file, out, f"data={data}", "data.accept=no_answer",  # one of eighteen is more than a twentieth
-        "evaluate.source=builtin:clinic[:20]", "evaluate.max_new_tokens=8",
+        "evaluate.source=builtin:clinic:20", "evaluate.max_new_tokens=8", "evaluate.reuse=false",
         "ask.questions=['Why <b>so</b>?']", "save.merged=true", "train.save_steps=2",
     )  # fmt: skip
     return facts, out, output
@@ -61,7 +61,7 @@ def test_run_json_tells_of_model_and_data(finished, model_folder):
     train = facts["data"]["train"]
     assert (train["rows"], train["quarantined"], len(train["sha256"])) == (NUM_ROWS - 2, 2, 64)
     assert 0 < train["trained_tokens"] < train["tokens"] and train["source"].endswith("rows.jsonl")
-    assert facts["data"]["eval"] == {"source": "builtin:clinic[:20]", "rows": 20}
+    assert facts["data"]["eval"] == {"source": "builtin:clinic:20", "rows": 20}
 
 
 def test_run_json_tells_of_training(finished):
@@ -78,7 +78,7 @@ def test_run_json_tells_of_training(finished):
 
 def test_run_json_tells_of_the_evaluation(finished):
     evaluation = read_facts(finished[1])["eval"]
-    assert evaluation["source"] == "builtin:clinic[:20]" and evaluation["n"] == 20
+    assert evaluation["source"] == "builtin:clinic:20" and evaluation["n"] == 20
     for when in ("before", "after"):
         part = evaluation[when]
         assert part["n"] == 20 and part["correct"] == 20 * part["accuracy"]

@@ -94,15 +94,25 @@ def test_the_clinic_makes_as_many_as_asked():
 
 def test_training_and_test_problems_of_the_clinic_differ():
     train = {example.question for example in planning.read_examples(_recipe("data=builtin:clinic")).examples}
-    test = planning.load_test_problems("builtin:clinic[:40]")
+    (task,) = planning.load_tasks(_recipe("evaluate=builtin:clinic:40").evaluate)
+    test = [problem for _, problem in planning.list_problems([task])]
     assert len(test) == 40 and not train & {problem.question for problem in test}
-    assert len(planning.load_test_problems("builtin:clinic")) == 100
     assert all(problem.gold and problem.topic for problem in test)
 
 
+def test_the_form_of_the_answer_is_asked_for_unless_training_teaches_it():
+    (task,) = planning.load_tasks(_recipe("evaluate=builtin:clinic:3").evaluate)
+    assert all(item.prompt.startswith(item.example.question) and "Final answer" in item.prompt for item in task.items)
+    (plain,) = planning.load_tasks(_recipe("evaluate=builtin:clinic:3", "evaluate.ask_form=false").evaluate)
+    assert all(item.prompt == item.example.question for item in plain.items)
+    assert planning.load_tasks(_recipe("evaluate.source=null").evaluate) == []
+
+
 def test_an_evaluation_set_that_cannot_be_graded_is_refused():
-    with pytest.raises(RecipeError, match=r"evaluate\.source is 'my\.jsonl'"):
-        planning.load_test_problems("my.jsonl")
+    with pytest.raises(RecipeError, match=r"evaluate\.source: 'medqaa' is no task.*medqa"):
+        planning.load_tasks(_recipe("evaluate=medqaa").evaluate)
+    with pytest.raises(RecipeError, match=r"slice.*builtin:clinic:200"):
+        planning.load_tasks(_recipe("evaluate=builtin:clinic[:40]").evaluate)
 
 
 def test_no_problems_at_all_are_refused():

@@ -37,7 +37,11 @@ def _write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
         ("train: {learning_rte: 1}", "'train.learning_rte'", "Did you mean 'learning_rate'?"),
         ("data: {colums: {}}", "'data.colums'", "Did you mean 'columns'?"),
         ("push: {adaptor: me/x}", "'push.adaptor'", "Did you mean 'adapter'?"),
-        ("evaluate: {zzz: 1}", "'evaluate.zzz'", "Known: batch_size, instruction, max_new_tokens, source"),
+        (
+            "evaluate: {zzz: 1}",
+            "'evaluate.zzz'",
+            "Known: ask_form, batch_size, max_new_tokens, reuse, seed, seeds, source, temperature, top_p",
+        ),
     ],
 )
 def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path, text, key, nearest):
@@ -401,4 +405,4 @@ def test_only_the_tutorial_trains_on_the_prompt():
 
 def test_every_recipe_is_judged_on_the_clinic():
     for name in list_recipes():
-        assert load_recipe(name).evaluate.source == "builtin:clinic[:100]", name
+        assert load_recipe(name).evaluate.source == "builtin:clinic:100", name

@@ -8,7 +8,7 @@ import types
 import pytest
 
 from medcot import secrets
-from medcot.secrets import HIDDEN, Secret, SecretName, find_secret, redact
+from medcot.secrets import HIDDEN, Secret, SecretName, find_endpoint_key, find_secret, redact
 
 TOKEN = "hf_" + "abcDEF123" * 4
 KEY = "0123456789abcdef" * 2 + "01234567"
@@ -170,3 +170,41 @@ def test_looking_writes_nothing_into_the_environment(monkeypatch):
     find_secret(SecretName.HUGGING_FACE)
     find_secret(SecretName.WANDB)
     assert dict(os.environ) == before
+
+
+def test_a_servers_key_is_looked_for_by_its_host(monkeypatch):
+    hosts = {"api.openai.com": "OPENAI", "api.deepseek.com": "DEEPSEEK", "openrouter.ai": "OPENROUTER", "a.b": "MEDCOT"}
+    for host, name in hosts.items():
+        assert find_endpoint_key(host) is None
+        monkeypatch.setenv(f"{name}_API_KEY", f"sk-for-{name}")
+    for host, name in hosts.items():
+        assert find_endpoint_key(host) == Secret(f"sk-for-{name}", f"environment variable {name}_API_KEY")
+        monkeypatch.delenv(f"{name}_API_KEY")
+        assert find_endpoint_key(host) is None, "a key is for one host"
+    with pytest.raises(AssertionError):
+        find_secret(SecretName.ENDPOINT)
+
+
+def test_a_servers_key_in_a_vault_and_under_a_name_of_ones_own(monkeypatch):
+    _fake_kaggle(monkeypatch, {"OPENAI_API_KEY": KEY})
+    assert find_endpoint_key("api.openai.com") == Secret(KEY, "Kaggle secret OPENAI_API_KEY")
+    assert find_endpoint_key("api.deepseek.com") is None
+    monkeypatch.setenv("MINE", TOKEN)
+    assert find_endpoint_key("api.openai.com", "MINE") == Secret(TOKEN, "environment variable MINE")
+    assert redact(f"{TOKEN} {KEY}") == f"{HIDDEN} {HIDDEN}"
+
+
+def test_a_servers_key_is_hidden_unasked(monkeypatch):
+    monkeypatch.setenv("DEEPSEEK_API_KEY", KEY)
+    assert redact(f"401: {KEY}") == f"401: {HIDDEN}"
+
+
+def test_the_doctor_says_whose_keys_there_are_and_not_what_they_are(monkeypatch):
+    from medcot.doctor import _look_at_secrets
+
+    assert "API key of a model server: none found" in _look_at_secrets()[-1].text
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("MEDCOT_API_KEY", TOKEN)
+    text = _look_at_secrets()[-1].text
+    assert "OPENAI_API_KEY, for api.openai.com; " in text and "MEDCOT_API_KEY, for any other server" in text
+    assert KEY not in text and TOKEN not in text and "DEEPSEEK" not in text

@@ -16,7 +16,7 @@ from medcot.data.findings import Finding, Severity
 from medcot.diagnosis import Diagnosis, Tools, known_ids, load_items, unreadable
 from medcot.errors import DataError, RecipeError, UnfitDataError
 from medcot.examination import SAMPLE, Tokens, examine_source
-from medcot.planning import load_test_problems
+from medcot.planning import list_problems, load_tasks
 from medcot.recipe import Recipe, load_recipe
 from medcot.rows import encode_examples, read_examples
 from medcot.treatment import check_left, examine_rows, examine_texts, run_items, treat
@@ -168,15 +168,14 @@ def test_a_finding_to_accept_must_exist(make: Any) -> None:
 
 
 def test_built_in_problems_are_not_held_against_themselves_but_all_else_is(recipe_file: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(recipe_file, ["data=builtin:clinic[:20]", "evaluate.source=builtin:clinic[:5]"])
-    problems = load_test_problems("builtin:clinic[:5]")
-    items = run_items(recipe, problems)
+    recipe = load_recipe(recipe_file, ["data=builtin:clinic[:20]", "evaluate.source=builtin:clinic:5"])
+    items = run_items(recipe, list_problems(load_tasks(recipe.evaluate)))
     assert len(items) == 5
     own = read_examples(recipe)
     assert not any(treat(own, recipe, items).counts.values())
-    leak = [{"Question": e.question, "Complex_CoT": f"{e.reasoning} Indeed.", "Response": e.response} for e in problems]
+    leak = [{"Question": e.question, "Complex_CoT": f"{e.reasoning} Indeed.", "Response": e.response} for _, e in items]
     leaked = write(tmp_path / "leak.jsonl", leak)
-    mixed = load_recipe(recipe_file, [f"data=[{leaked},'builtin:clinic[:20]']", "evaluate.source=builtin:clinic[:5]"])
+    mixed = load_recipe(recipe_file, [f"data=[{leaked},'builtin:clinic[:20]']", "evaluate.source=builtin:clinic:5"])
     raw = read_examples(mixed)
     treated = treat(raw, mixed, items)
     assert treated.counts["removed_contaminated"] == 5

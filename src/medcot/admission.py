@@ -22,7 +22,7 @@ from medcot.errors import DataError, ModelError, NetworkError, UnfitDataError
 from medcot.examination import examine_source
 from medcot.job import Job
 from medcot.model import load_tokenizer
-from medcot.planning import load_test_problems
+from medcot.planning import list_problems, load_tasks
 from medcot.recipe import Recipe, load_recipe
 from medcot.records import Example
 from medcot.report.data_page import render_data_page
@@ -77,7 +77,7 @@ def diagnose(
     """
     resolved = load_recipe(recipe, [f"data.source={source}"])
     check_accepted(resolved.data.accept, known_ids())
-    problems = load_test_problems(resolved.evaluate.source) if resolved.evaluate.source else []
+    problems = list_problems(load_tasks(resolved.evaluate))
     try:
         items = run_items(resolved, problems) if against is None else load_items(against)
         try:
@@ -124,7 +124,7 @@ class Admission:
     diagnosis: Diagnosis
 
     @classmethod
-    def of(cls, job: Job, raw: RawData, problems: Sequence[Example]) -> Admission:
+    def of(cls, job: Job, raw: RawData, problems: Sequence[tuple[str, Example]]) -> Admission:
         """Look at the texts, and take out what must not be trained on.
 
         Raises:

@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medcot import __version__
-from medcot.errors import MedcotError, OutputError
+from medcot import __version__, cli_eval
+from medcot.errors import OutputError
+from medcot.terminal import LATEST, open_console, reporting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
     from medcot.records import Run
 
-LATEST = Path("runs/latest")
-INTERRUPTED, USAGE = 130, 2  # exit codes: 128 + SIGINT as shells have it, and Click's own for a wrong call
 
 # What libraries read at import, with the value that keeps them silent or out of each other's way.
 ENVIRONMENT = {
@@ -100,10 +99,10 @@ def run(
 ) -> None:
     """Ask, fine-tune, ask again, save and report: the whole job."""
     recipe, overrides = split_arguments(arguments or [])
-    with _reporting(hint=f"'{_resume_command(out)}' goes on with it"):
+    with reporting(hint=f"'{_resume_command(out)}' goes on with it"):
         from medcot import pipeline
 
-        console = _console()
+        console = open_console()
         if dry_run:
             if resume or out is not None:
                 raise typer.BadParameter("--dry-run starts nothing: leave out --resume and --out")
@@ -117,7 +116,7 @@ def run(
 @app.command()
 def recipes() -> None:
     """List the shipped recipes."""
-    with _reporting():
+    with reporting():
         from rich.table import Table
         from rich.text import Text
 
@@ -127,13 +126,13 @@ def recipes() -> None:
         table.add_column(style="bold", no_wrap=True)
         for name, description in list_recipes().items():
             table.add_row(name, Text(description))
-        _console().print(table)
+        open_console().print(table)
 
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
     """Look at this machine: what is there, what is missing, which recipe suits it."""
-    with _reporting():
+    with reporting():
         from dataclasses import asdict
 
         from medcot.doctor import examine
@@ -147,7 +146,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findi
         from rich.table import Table
         from rich.text import Text
 
-        console = _console()
+        console = open_console()
         marks = {"ok": ("✓", "green"), "note": ("·", "yellow"), "problem": ("✗", "bold red")}
         if console.options.ascii_only:
             marks = {"ok": ("ok", "green"), "note": ("-", "yellow"), "problem": ("x", "bold red")}
@@ -177,11 +176,11 @@ def data_doctor(
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Remember nothing of what was looked at.")] = False,
 ) -> None:
     """Prove what the data is before the first step. Exit code 1 if a finding is red, 2 if the source cannot be read."""
-    with _reporting():
+    with reporting():
         from medcot.admission import diagnose, save_report
         from medcot.report.data_screen import print_diagnosis, watch_scan
 
-        console = _console()
+        console = open_console()
         with watch_scan(console, shown=not as_json) as on_progress:
             diagnosis = diagnose(
                 source, recipe, against, workers=workers, keep_cache=not no_cache, on_progress=on_progress
@@ -199,6 +198,12 @@ def data_doctor(
         raise typer.Exit(diagnosis.exit_code)
 
 
+app.command()(cli_eval.tasks)
+app.command(name="eval")(cli_eval.evaluate)
+app.command()(cli_eval.compare)
+app.command()(cli_eval.grade)
+
+
 @app.command()
 def ask(
     question: Annotated[str, typer.Argument(help="The question, in quotes.")],
@@ -208,18 +213,18 @@ def ask(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 3407,
 ) -> None:
     """Ask a tuned model one question; its thinking is dimmed."""
-    with _reporting():
+    with reporting():
         folder = find_run(run_dir).folder
         from medcot import pipeline
 
-        with _streaming(_console()) as on_text:
+        with _streaming(open_console()) as on_text:
             pipeline.ask(question, folder, base=base, max_new_tokens=max_new_tokens, seed=seed, on_text=on_text)
 
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="Run folder.")] = LATEST) -> None:
     """Draw report.html again from the files of a run."""
-    with _reporting():
+    with reporting():
         found = find_run(folder)
         from medcot.report import render_report
 
@@ -342,68 +347,8 @@ def _streaming(console: Console) -> Iterator[Any]:
         console.print()
 
 
-@contextlib.contextmanager
-def _reporting(hint: str = "") -> Iterator[None]:
-    """Turn a user's mistake into one message and exit code 2, and Ctrl-C into exit code 130."""
-    try:
-        yield
-    except MedcotError as error:
-        _print_error(error)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        from rich.console import Console
-
-        Console(stderr=True).print("\nStopped." + (f" {hint}." if hint else ""), highlight=False, soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from None
-
-
-def _print_error(error: MedcotError) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    from medcot.secrets import redact
-
-    console = Console(stderr=True)
-    mark, arrow = ("x", "->") if console.options.ascii_only else ("✗", "→")
-    value, rule, remedy = (redact(part.rstrip(".")) for part in (error.value, error.rule, error.remedy))
-    for line in (
-        Text.assemble((f"{mark} ", "bold red"), (value, "bold")),
-        Text(f"  {rule}."),
-        Text.assemble((f"  {arrow} ", "bold green"), f"{remedy}{'' if remedy.endswith('?') else '.'}"),
-    ):
-        console.print(line, highlight=False, soft_wrap=True)
-
-
 def _resume_command(out: Path | None) -> str:
     return "medcot run --resume" + (f" --out {out}" if out is not None else "")
-
-
-def _console() -> Console:
-    """Return the console of this process, and let medcot's own log messages be shown on it."""
-    from rich.console import Console
-
-    console = Console()
-    own = logging.getLogger("medcot")
-    own.setLevel(logging.INFO)
-    own.propagate = False
-    own.handlers = [_ConsoleHandler(console)]
-    return console
-
-
-class _ConsoleHandler(logging.Handler):
-    """Shows medcot's log messages above whatever bar is drawn at the moment."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__()
-        from medcot.train.progress import RunConsole
-
-        self._screen = RunConsole(console)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from medcot.secrets import redact
-
-        say = self._screen.warn if record.levelno >= logging.WARNING else self._screen.note
-        say(redact(record.getMessage()))
 
 
 def _redacted_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from medcot.recipe import Precision, Recipe, list_recipes, load_recipe
-from medcot.secrets import SecretName, find_secret, redact
+from medcot.secrets import ENDPOINT_KEYS, SecretName, find_endpoint_key, find_secret, redact
 
 
 class Status(StrEnum):
@@ -234,7 +234,11 @@ def _look_at_secrets() -> list[Finding]:
         secret = find_secret(name)
         text = f"{name}: {secret.where}" if secret is not None else f"{name}: none found; {use}"
         findings.append(Finding("secrets", Status.OK, text))
-    return findings
+    hosts = {**{host: host for host in ENDPOINT_KEYS}, "": "any other server"}
+    keys = {whose: find_endpoint_key(host) for host, whose in hosts.items()}
+    found = [f"{secret.where}, for {whose}" for whose, secret in keys.items() if secret is not None]
+    text = "; ".join(found) or "none found; needed only to evaluate a model behind somebody's API"
+    return [*findings, Finding("secrets", Status.OK, f"{SecretName.ENDPOINT}: {text}")]
 
 
 def _look_at_embedded_model() -> list[Finding]:

@@ -34,13 +34,13 @@ def create_run(recipe_name: str, out: Path | None) -> Run:
     Raises:
         OutputError: the folder holds another run or other files, or cannot be made.
     """
-    folder = out if out is not None else _free_name(RUNS / f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = out if out is not None else free_name(RUNS / f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         holds = "a run" if (folder / "run.json").exists() else "files" if folder.is_dir() else "no folder but a file"
         raise OutputError(
             f"'{folder}' already holds {holds}",
             "A run writes to a new or empty folder, so that it overwrites nothing",
-            f"Add --resume to go on with it, or name another folder with --out (try '{_free_name(folder)}')",
+            f"Add --resume to go on with it, or name another folder with --out (try '{free_name(folder)}')",
         )
     run = Run(folder)
     try:
@@ -160,7 +160,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def _free_name(folder: Path) -> Path:
+def free_name(folder: Path) -> Path:
+    """Return a folder's name, with a number behind it where it is taken."""
     candidate, number = folder, 2
     while candidate.exists():
         candidate = folder.with_name(f"{folder.name}-{number}")

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 from medcot import folder as folders
 from medcot import ranks
 from medcot.errors import DataError, ModelError
+from medcot.evaluate.results import read_json
 from medcot.job import Job, open_job
 from medcot.recipe import Recipe, load_recipe
-from medcot.records import Example, Run
+from medcot.records import Run
 from medcot.shapes import compute_shape
 from medcot.sharing import attach_fresh, build_share, check_shares, help_train, load_base
 from medcot.train.progress import RunConsole
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from rich.console import Console
 
+    from medcot.evaluate.tasks import Task
     from medcot.model import LoadedModel
     from medcot.planning import TrainingData
 
@@ -70,7 +72,7 @@ def run(
             check_shares(job.recipe, here.size)
             ranks.share((job.recipe.model_dump(mode="json"), job.run.folder))
             _do(job)
-        return {**job.facts, "folder": str(job.run.folder)}
+        return {**read_json(job.run.facts), "folder": str(job.run.folder)}
 
 
 def _do(job: Job) -> None:
@@ -91,10 +93,10 @@ def _do(job: Job) -> None:
     with job.stage("read data") as line:
         raw = planning.read_examples(recipe)
         _check_unchanged(job, "sha256", raw.sha256)
-        problems = planning.load_test_problems(recipe.evaluate.source) if recipe.evaluate.source else []
+        tasks = planning.load_tasks(recipe.evaluate)
         line.detail = f"{len(raw.examples):,} examples from {recipe.data.named}"
     with job.stage("check data") as line:
-        admission = Admission.of(job, raw, problems)
+        admission = Admission.of(job, raw, planning.list_problems(tasks))
         line.detail = admission.diagnosis.headline
     with job.stage("load model") as line:
         loaded = _load(job)
@@ -102,13 +104,13 @@ def _do(job: Job) -> None:
     with job.stage("make tokens") as line:
         data = planning.encode_examples(admission.raw, recipe, loaded.tokenizer)
         _check_unchanged(job, "rows_sha256", data.digest)
-        _keep_data(job, data, len(problems))
+        _keep_data(job, data, tasks)
         admission.pass_gate(job, data, loaded.tokenizer)
         line.detail = f"{len(data.rows):,} rows, {data.facts()['tokens']:,} tokens"
     style = recipe.prompt.style
     with job.stage("ask before"):
         before_probe = probe(loaded.model, loaded.tokenizer, style)
-        before = _answers(job, "before", loaded.model, loaded, problems)
+        before = _answers(job, "before", loaded.model, loaded, tasks)
     with job.stage("attach adapter"):
         model = _attach(job, loaded)
     if job.run.adapter.is_dir():
@@ -124,8 +126,8 @@ def _do(job: Job) -> None:
     base_is_kept = recipe.lora.init == "default"
     with job.stage("ask after"):
         job.record(proof=prove_adapter(model, loaded.tokenizer, style, before_probe, base_is_kept=base_is_kept))
-        after = _answers(job, "after", model, loaded, problems)
-    _compare(job, problems, before, after)
+        after = _answers(job, "after", model, loaded, tasks)
+    _compare(job, tasks, before, after)
     job.tracker.log_table("before and after", *asking.tabulate(before, after))
     if recipe.save.merged:
         with job.stage("save merged") as line:
@@ -249,7 +251,8 @@ def _check_unchanged(job: Job, what: str, digest: str) -> None:
         )
 
 
-def _keep_data(job: Job, data: TrainingData, num_problems: int) -> None:
+def _keep_data(job: Job, data: TrainingData, tasks: Sequence[Task]) -> None:
+    from medcot import asking
     from medcot.data.checks import save_quarantine
 
     for sentence in data.sentences:
@@ -261,12 +264,14 @@ def _keep_data(job: Job, data: TrainingData, num_problems: int) -> None:
         job.console.warn(
             f"{len(data.quarantined)} rows set aside, listed in {quarantine}; row {first.row_number}: {first.reason}"
         )
-    evaluated = {"source": job.recipe.evaluate.source, "rows": num_problems}
+    for planned in asking.plan_comparison(tasks, seeds=job.recipe.evaluate.seeds):
+        job.console.note(f"{planned['task']}: {planned['sentence']}")
+    evaluated = {"source": job.recipe.evaluate.source, "rows": sum(len(task.items) for task in tasks)}
     held_out = {"validation": data.validation_facts()} if data.validation else {}
     job.record(data={**job.facts["data"], "train": data.facts(), **held_out, "eval": evaluated})
 
 
-def _answers(job: Job, when: str, model: Any, loaded: LoadedModel, problems: Sequence[Any]) -> list[dict[str, Any]]:
+def _answers(job: Job, when: str, model: Any, loaded: LoadedModel, tasks: Sequence[Task]) -> list[dict[str, Any]]:
     """Ask, or read the answers that an interrupted run already has."""
     from medcot import asking
 
@@ -274,26 +279,37 @@ def _answers(job: Job, when: str, model: Any, loaded: LoadedModel, problems: Seq
     if path.exists():
         job.console.note(f"already answered: {path}")
         return folders.read_lines(path)
-    lines = asking.answer_all(
-        model, loaded.tokenizer, job.recipe, problems, job.console, graded_batch=_graded_batch(job, loaded, problems)
-    )
+    adapter = job.run.adapter if when == "after" else None
+    lines = asking.ask_questions(model, loaded.tokenizer, job.recipe, job.console)
+    if tasks:
+        batch_size = _graded_batch(job, loaded, tasks)
+        lines += asking.grade_recipe_tasks(
+            model,
+            loaded,
+            job.recipe,
+            tasks,
+            adapter,
+            job.console,
+            batch_size=batch_size,
+            own_store=job.run.samples / f"{when}.answers.jsonl",
+        )
     folders.write_lines(path, lines)
     return lines
 
 
-def _graded_batch(job: Job, loaded: LoadedModel, problems: Sequence[Example]) -> int:
+def _graded_batch(job: Job, loaded: LoadedModel, tasks: Sequence[Task]) -> int:
     """Graded questions that fit the memory together; settled once, so that before and after are asked alike."""
-    from medcot import planning, prompt
+    from medcot import asking, planning, prompt
 
     stage = job.recipe.evaluate
     if "graded_batch" not in job.facts:
-        style = prompt.Style(job.recipe.prompt.style)
-        lengths = [len(prompt.encode_prompt(p.question, style, loaded.tokenizer)) for p in problems]
-        row_tokens = max(lengths, default=0) + stage.max_new_tokens
+        longest = asking.count_prompt_tokens(tasks, prompt.Style(job.recipe.prompt.style), loaded.tokenizer)
         shape = compute_shape(loaded.model.config, trust_remote_code=job.recipe.model.trust_remote_code)
-        fitting = planning.fit_answers(stage.batch_size, shape, loaded.precision, row_tokens, loaded.device)
-        if fitting < min(stage.batch_size, len(problems)):
-            job.console.note(f"graded problems are answered {fitting} at a time, for want of memory")
+        fitting = planning.fit_answers(
+            stage.batch_size, shape, loaded.precision, longest + stage.max_new_tokens, loaded.device
+        )
+        if fitting < min(stage.batch_size, sum(len(task.items) for task in tasks)):
+            job.console.note(f"graded questions are answered {fitting} at a time, for want of memory")
         job.record(graded_batch=fitting)
     return int(job.facts["graded_batch"])
 
@@ -394,24 +410,10 @@ def _keep_metrics(run: Run, resume_from: Path | None) -> dict[str, Any]:
     return sums[-1] if sums else {}
 
 
-def _compare(job: Job, problems: Sequence[Any], before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+def _compare(job: Job, tasks: Sequence[Task], before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
     from medcot import asking
 
-    summaries = {
-        "before": asking.summarise_samples(problems, before),
-        "after": asking.summarise_samples(problems, after),
-    }
-    if summaries["before"] is None:
-        job.record(eval={"source": None})
-        return
-    job.record(
-        eval={
-            "source": job.recipe.evaluate.source,
-            "n": len(problems),
-            **summaries,
-            **asking.compare_samples(before, after),
-        }
-    )
+    job.record(eval={"source": job.recipe.evaluate.source, **asking.summarise_samples(tasks, before, after)})
 
 
 def _merge(job: Job, loaded: LoadedModel) -> str:

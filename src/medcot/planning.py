@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from medcot import clinic
-from medcot.data import sources
+from medcot.engine.attention import round_up
+from medcot.engine.decoding import CACHE_STEP, DRAW_BYTES
 from medcot.engine.devices import has_flash, has_triton
 from medcot.engine.memory import (
     FASTEST,
@@ -26,10 +26,13 @@ from medcot.engine.memory import (
     small_pieces,
     weight_gb,
 )
-from medcot.errors import RecipeError
+from medcot.errors import DataError, RecipeError
+from medcot.evaluate.tasks import Task, load_task, parse_suite, without_form
 from medcot.recipe import Checkpointing, Recipe, TrainStage
 from medcot.records import Example, Row
-from medcot.rows import CLINIC, CLINIC_ROWS, CLINIC_SEED, RawData, TrainingData, encode_examples, read_examples
+from medcot.rows import CLINIC, CLINIC_ROWS, RawData, TrainingData, encode_examples, read_examples
+from medcot.secrets import SecretName, find_secret
+from medcot.stages import EvaluateStage
 from medcot.train import sft
 
 if TYPE_CHECKING:
@@ -46,7 +49,8 @@ __all__ = [
     "estimate_tokens",
     "fit_answers",
     "free_memory_gb",
-    "load_test_problems",
+    "list_problems",
+    "load_tasks",
     "read_examples",
     "tokens_of_run",
 ]
@@ -68,20 +72,27 @@ RELATIVE_TIME = {Keep.ALL: 1.0, Keep.LEAN: 1.03, Keep.INPUT: 1.3, Keep.HOST: 1.3
 OVERHEAD_TOKENS = 400
 
 
-def load_test_problems(source: str) -> list[Example]:
-    """Return the graded problems that an evaluation source names.
+def load_tasks(stage: EvaluateStage) -> list[Task]:
+    """Load the graded questions of a recipe, worded as it says; none where it names none.
 
     Raises:
-        RecipeError: not a set this version can grade.
+        RecipeError: it names what is no task.
+        DataError, NetworkError: a task cannot be read.
     """
-    name, count = sources.parse_slice(source)
-    if name != CLINIC:
-        raise RecipeError(
-            f"evaluate.source is '{source}'",
-            f"Graded evaluation knows '{CLINIC}', with a slice such as '{CLINIC}[:100]'",
-            "Use it, or set evaluate.source=null for none",
-        )
-    return clinic.generate(count or 100, split="test", seed=CLINIC_SEED)
+    if stage.source is None:
+        return []
+    try:
+        wanted = parse_suite(stage.source)
+    except DataError as error:
+        raise RecipeError(f"evaluate.source: {error.value}", error.rule, error.remedy) from error
+    token = find_secret(SecretName.HUGGING_FACE)
+    found = [load_task(one, token=token.value if token else None) for one in wanted]
+    return found if stage.ask_form else [without_form(task) for task in found]
+
+
+def list_problems(tasks: Sequence[Task]) -> list[tuple[str, Example]]:
+    """Return every graded question with the name of its task."""
+    return [(task.base, item.example) for task in tasks for item in task.items]
 
 
 def build_plan(
@@ -187,6 +198,9 @@ def _choose_split(
 def fit_answers(wanted: int, shape: Shape, precision: str, row_tokens: int, device: torch.device) -> int:
     """How many questions can be answered together: ``wanted``, or what the key/value cache has room for.
 
+    A guess from the model's sizes, before anything is in memory; on a GPU, decoding measures again what is free
+    (``engine.decoding.fit_slots``).
+
     Args:
         wanted: the recipe's number.
         shape: the model's sizes.
@@ -195,7 +209,9 @@ def fit_answers(wanted: int, shape: Shape, precision: str, row_tokens: int, devi
         device: where the cache lies.
     """
     bytes_per_value = 4 if precision == "fp32" else 2
-    row_bytes = 2 * shape.num_layers * shape.kv_heads * shape.head_dim * bytes_per_value * row_tokens
+    slots = round_up(row_tokens, CACHE_STEP)
+    row_bytes = 2 * shape.num_layers * shape.kv_heads * shape.head_dim * bytes_per_value * slots
+    row_bytes += shape.vocab * DRAW_BYTES
     room_gb = free_memory_gb(device) * MEMORY_SHARE - weight_gb(shape, precision)
     return max(1, min(wanted, int(room_gb * 2**30 // row_bytes)))
 

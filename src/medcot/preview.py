@@ -46,7 +46,7 @@ def print_plan(recipe: Recipe, screen: RunConsole) -> None:
     console = screen.console
     console.print(Syntax(dump_recipe(recipe).strip(), "yaml", background_color="default"))
     raw = planning.read_examples(recipe)
-    problems = planning.load_test_problems(recipe.evaluate.source) if recipe.evaluate.source else []
+    problems = planning.list_problems(planning.load_tasks(recipe.evaluate))
     stage = recipe.model
     tokenizer = load_tokenizer(
         stage.source,

@@ -1,9 +1,12 @@
-"""Where the Hugging Face token and the Weights & Biases key are looked for, and how their values stay hidden.
+"""Where tokens and keys are looked for (Hugging Face, Weights & Biases, model servers), and how they stay hidden.
 
 Absent is fine: nothing in medcot needs an account. A secret is looked for where people really keep it, nearest first:
 the environment, the notebook's own vault (Kaggle, Colab), then the log-in that the library itself stored. The usual way
 with notebooks is to read the vault and write the value into ``os.environ``; then every child process, crash dump and
 "log my environment" feature has it. Here the value is handed to the one call that needs it, and nothing is written.
+
+A server's key is for one host. Clients usually send ``OPENAI_API_KEY`` wherever they are pointed, so a mistyped
+address, or a friend's server, is handed the key to somebody's account. ``find_endpoint_key`` asks for the host first.
 
 A ``Secret`` shows where it was found and never what it is: ``repr`` and ``str`` leave the value out, so neither a
 traceback nor a log of local variables can leak it. ``redact`` is the second line of defence, for text made by others
@@ -36,6 +39,7 @@ class SecretName(StrEnum):
 
     HUGGING_FACE = "Hugging Face token"
     WANDB = "Weights & Biases key"
+    ENDPOINT = "API key of a model server"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +53,17 @@ class Secret:
         return f"{HIDDEN} ({self.where})"
 
 
+ENDPOINT_KEYS = {  # whose key each name holds, as these services' own documentation calls it
+    "api.openai.com": "OPENAI_API_KEY",
+    "api.deepseek.com": "DEEPSEEK_API_KEY",
+    "openrouter.ai": "OPENROUTER_API_KEY",
+}
+OTHER_ENDPOINT_KEY = "MEDCOT_API_KEY"  # of every other host
+
 ENVIRONMENT = {
     SecretName.HUGGING_FACE: ("HF_TOKEN", "HUGGINGFACE_TOKEN"),
     SecretName.WANDB: ("WANDB_API_KEY",),
+    SecretName.ENDPOINT: (*ENDPOINT_KEYS.values(), OTHER_ENDPOINT_KEY),
 }
 VAULT = {  # names under which notebook vaults hold them; the tutorial's are HUGGINGFACE_TOKEN and wandb
     SecretName.HUGGING_FACE: ("HF_TOKEN", "HUGGINGFACE_TOKEN"),
@@ -63,16 +75,20 @@ _found: set[str] = set()  # values handed out by this process, so that redact kn
 
 def find_secret(name: SecretName) -> Secret | None:
     """Return the first secret of that name among environment, notebook vault and library log-in, or ``None``."""
+    assert name is not SecretName.ENDPOINT, "a server's key is for a host: find_endpoint_key"
     login = _hugging_face_login if name is SecretName.HUGGING_FACE else _wandb_login
-    for search in (_from_environment, _from_kaggle, _from_colab):
-        secret = search(name)
-        if secret is not None:
-            break
-    else:
-        secret = login()
-    if secret is not None:
-        _found.add(secret.value)
-    return secret
+    return _remember(_look_for(ENVIRONMENT[name], VAULT[name]) or login())
+
+
+def find_endpoint_key(host: str, label: str | None = None) -> Secret | None:
+    """Return the key for a model server from the environment or a notebook vault, or ``None``.
+
+    Args:
+        host: the server's, in lower case, without a port.
+        label: the name under which it is kept, where the user says it; otherwise it follows from the host.
+    """
+    labels = (label or ENDPOINT_KEYS.get(host, OTHER_ENDPOINT_KEY),)
+    return _remember(_look_for(labels, labels))
 
 
 def redact(text: str) -> str:
@@ -99,8 +115,18 @@ def _known_values() -> Iterator[str]:
         yield hub_login.value
 
 
-def _from_environment(name: SecretName) -> Secret | None:
-    for variable in ENVIRONMENT[name]:
+def _look_for(variables: tuple[str, ...], labels: tuple[str, ...]) -> Secret | None:
+    return _from_environment(variables) or _from_kaggle(labels) or _from_colab(labels)
+
+
+def _remember(secret: Secret | None) -> Secret | None:
+    if secret is not None:
+        _found.add(secret.value)
+    return secret
+
+
+def _from_environment(variables: tuple[str, ...]) -> Secret | None:
+    for variable in variables:
         value = os.environ.get(variable, "").strip()
         if value:
             return Secret(value, f"environment variable {variable}")
@@ -108,13 +134,13 @@ def _from_environment(name: SecretName) -> Secret | None:
 
 
 @functools.cache  # each look-up is a request to Kaggle's server
-def _from_kaggle(name: SecretName) -> Secret | None:
+def _from_kaggle(labels: tuple[str, ...]) -> Secret | None:
     if importlib.util.find_spec("kaggle_secrets") is None:
         return None
     kaggle_secrets = importlib.import_module("kaggle_secrets")
     # BackendError: no such secret, or not attached to this notebook. CredentialError: a kernel without secrets.
     absent = (kaggle_secrets.BackendError, kaggle_secrets.CredentialError, ConnectionError)
-    for label in VAULT[name]:
+    for label in labels:
         try:
             value = kaggle_secrets.UserSecretsClient().get_secret(label)
         except absent:
@@ -125,13 +151,13 @@ def _from_kaggle(name: SecretName) -> Secret | None:
 
 
 @functools.cache  # each look-up may ask the person for permission
-def _from_colab(name: SecretName) -> Secret | None:
+def _from_colab(labels: tuple[str, ...]) -> Secret | None:
     # Loaded means: this process is the notebook's kernel. In a child process ("!medcot run") the vault cannot answer.
     if "google.colab" not in sys.modules:
         return None
     userdata = importlib.import_module("google.colab.userdata")
     absent = (userdata.SecretNotFoundError, userdata.NotebookAccessError, userdata.TimeoutException)
-    for label in VAULT[name]:
+    for label in labels:
         try:
             value = userdata.get(label)
         except absent:

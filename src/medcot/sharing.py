@@ -109,7 +109,7 @@ def help_train() -> None:
     from medcot.train import sft
     from medcot.treatment import check_left, run_items, treat
 
-    problems = planning.load_test_problems(recipe.evaluate.source) if recipe.evaluate.source else []
+    problems = planning.list_problems(planning.load_tasks(recipe.evaluate))
     raw = planning.read_examples(recipe)
     loaded = load_base(recipe)
     treated = treat(raw, recipe, run_items(recipe, problems))

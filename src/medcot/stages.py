@@ -285,12 +285,23 @@ class AskStage(Stage):
 
 
 class EvaluateStage(Stage):
-    """The graded questions asked before and after, greedily."""
+    """The graded questions asked before and after."""
 
-    source: str | None = "builtin:clinic[:100]"  # null: no graded evaluation
-    instruction: str | None = None  # put behind each graded question, for models not trained on the answer's form
+    source: str | None = "builtin:clinic:100"  # tasks and suites ("medcot tasks" lists them); null: none
+    ask_form: bool = True  # ask for the last line "Final answer: X"; false where training teaches it
     max_new_tokens: PositiveInt = 200
+    temperature: Annotated[float, Field(ge=0)] = 0.0  # 0 is greedy
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seeds: PositiveInt = 1  # answers a question
+    seed: int = 3407  # of the first of them
     batch_size: PositiveInt = 100
+    reuse: bool = True  # answers that the same model gave to the same questions before, in any run or evaluation
+
+    @model_validator(mode="after")
+    def _draw_to_differ(self) -> EvaluateStage:
+        if self.seeds > 1 and self.temperature == 0:
+            raise ValueError(f"seeds={self.seeds} with temperature=0; greedy answers are all alike, so raise it to 0.6")
+        return self
 
 
 class TrackingStage(Stage):

@@ -42,22 +42,17 @@ class Treated:
     counts: dict[str, int]
 
 
-def run_items(recipe: Recipe, problems: Sequence[Example]) -> tuple[tuple[str, Example], ...]:
+def run_items(recipe: Recipe, problems: Sequence[tuple[str, Example]]) -> tuple[tuple[str, Example], ...]:
     """The questions that training must not have seen: of ``data.against``, or those that the recipe evaluates with."""
-    if recipe.data.against is not None:
-        return load_items(recipe.data.against)
-    source = recipe.evaluate.source
-    return () if source is None else tuple((source, problem) for problem in problems)
+    return tuple(problems) if recipe.data.against is None else load_items(recipe.data.against)
 
 
-def _exposed(examples: Sequence[Example], items: Sequence[tuple[str, Example]]) -> list[Example]:
-    """Examples that the items are looked for in.
+def _exposed(examples: Sequence[Example]) -> list[Example]:
+    """Examples that benchmarks' questions are looked for in.
 
-    The built-in problems are generated so that training and test share none, only their wording; they are not held
-    against themselves.
+    The built-in problems are generated so that training and test share none, only their wording; they are held against
+    nothing.
     """
-    if not items or not all(name.startswith(CLINIC) for name, _ in items):
-        return list(examples)
     return [example for example in examples if not example.source.startswith(CLINIC)]
 
 
@@ -66,7 +61,7 @@ def treat(raw: RawData, recipe: Recipe, items: Sequence[tuple[str, Example]]) ->
     counts = {"removed_contaminated": 0, "removed_exact": 0, "removed_near": 0, "masked_rows": 0}
     examples = [*raw.examples, *raw.validation]
     if recipe.data.remove_contaminated and items:
-        asked = _exposed(examples, items)
+        asked = _exposed(examples)
         leaked = {asked[pair.place].id for pair in find_contaminated(asked, items) if pair.is_confirmed}
         raw, counts["removed_contaminated"] = _without(raw, leaked), len(leaked)
     if recipe.data.identifiers is Policy.MASK:  # before copies are looked for: masking makes new ones
@@ -119,7 +114,7 @@ def examine_texts(raw: RawData, treated: Treated, recipe: Recipe, tools: Tools) 
     examples = [*raw.examples, *raw.validation]
     found = _run_checks(tools.text_checks(), examples, raw.quarantined)
     if tools.items:
-        found += _run_checks([Contamination(tools.items)], _exposed(examples, tools.items), ())
+        found += _run_checks([Contamination(tools.items)], _exposed(examples), ())
     findings = [apply_policy(finding, recipe, treated.counts) for finding in found] + tools.doubts()
     findings += _shared_with_validation(raw)
     sources = [part.lineage() for part in treated.raw.every_part]

@@ -19,6 +19,7 @@ import io
 import json
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -341,8 +342,8 @@ def _split_hub_id(source: str) -> tuple[str, str, str]:
 def _fetch_gguf(repo: str, inner: str, revision: str | None) -> Weights:
     from huggingface_hub import hf_hub_download
 
-    with _hub_errors(f"{repo}/{inner}"), quiet_libraries():
-        path = Path(hf_hub_download(repo, inner, revision=revision, token=_token()))
+    with hub_errors(f"{repo}/{inner}"), quiet_libraries():
+        path = Path(hf_hub_download(repo, inner, revision=revision, token=hub_token()))
     return Weights(path.parent, str(path), gguf=path.name)
 
 
@@ -351,19 +352,19 @@ def _fetch_hub(
 ) -> Weights:
     from huggingface_hub import get_cached_repo_tree, snapshot_download
 
-    with _hub_errors(repo), quiet_libraries():
+    with hub_errors(repo), quiet_libraries():
         config_names = ["config.json", "tokenizer_config.json"]
         small = [*config_names, *TOKENIZER_FILES]
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=small, token=_token()))
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=small, token=hub_token()))
         commit = folder.name
         names = [file.path for file in get_cached_repo_tree(repo, revision=commit)]
     texts = {name: (folder / name).read_text(encoding="utf-8") for name in config_names if (folder / name).is_file()}
     config = check_files(repo, names, texts, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     pickled = not _has_safetensors(names)
     if not config_only:
-        with _hub_errors(repo), quiet_libraries():
+        with hub_errors(repo), quiet_libraries():
             wanted = [name for name in names if _is_wanted(name, pickled, trust_remote_code)]
-            snapshot_download(repo, revision=commit, allow_patterns=wanted, token=_token())
+            snapshot_download(repo, revision=commit, allow_patterns=wanted, token=hub_token())
     return Weights(folder, repo, commit=commit, config=config, pickled=pickled)
 
 
@@ -378,13 +379,14 @@ def _is_wanted(name: str, pickled: bool, trust_remote_code: bool) -> bool:
     )
 
 
-def _token() -> str | None:
+def hub_token() -> str | None:
+    """Return the Hub token, where there is one."""
     secret = find_secret(SecretName.HUGGING_FACE)
     return secret.value if secret is not None else None
 
 
 @contextlib.contextmanager
-def _hub_errors(source: str) -> Any:
+def hub_errors(source: str) -> Iterator[None]:
     """Turn what the Hub's client raises into value, rule, remedy."""
     import httpx
     from huggingface_hub import errors as hub

@@ -366,8 +366,9 @@ def test_trouble_in_a_worker_reaches_the_parent(tmp_path: Path, fail: str, error
 
 
 SCRIPT = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have the tests' own children ignore it
 sys.path[:0] = {paths}
 from test_scan import cut
 from toy_checks import Numbered, ToyBuilder

@@ -30,3 +30,21 @@ def loops_over_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+
+
+@pytest.fixture(autouse=True)
+def rounds_to_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6's interpreter loses the carry where rounding to float8 reaches a power of two: 7.9 becomes 4."""
+    if "TRITON_INTERPRET" not in os.environ:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    before = interpreter._convert_float
+
+    def convert(numbers: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if target != tl.float8e4nv or source != tl.float32:
+            return before(numbers, source, target, rounding)
+        return torch.from_numpy(numbers.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)

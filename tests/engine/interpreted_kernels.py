@@ -16,7 +16,7 @@ from torch import Tensor
 from medcot.engine import engine_of, pointwise
 from medcot.engine.lora import Term
 from medcot.engine.memory import FASTEST, Keep, Memory
-from tiny_models import build_model, flatten, gradients, make_rows, pair, relative
+from tiny_models import attach, build_base, build_model, flatten, gradients, make_rows, pair, relative
 from twins import largest, randn
 
 pytestmark = pytest.mark.skipif(
@@ -109,6 +109,98 @@ def test_unpacking_is_bitsandbytes_own(launch: Any, nested: bool) -> None:
     out = torch.full_like(weight, float("nan"))
     launch.unpack_nf4(packed, state, out)
     assert largest(out, functional.dequantize_4bit(packed, state)) < TIGHT
+
+
+WIDE = 10_000.0  # sizes of a row from 1e-4 to this: every row's scale is its own
+
+
+def make_uneven(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Rows of very different sizes, one of them zero where there are several."""
+    x = randn(num_rows, width) * WIDE ** randn(num_rows, 1, seed=1).clamp(-1, 1)
+    if num_rows > 2:
+        x[2] = 0
+    return x.to(dtype)
+
+
+def assert_same_codes(got: Any, wanted: Any) -> None:
+    """The same scales and the same bytes."""
+    assert torch.equal(got.scale_T1, wanted.scale_T1)
+    assert torch.equal(got.codes_TN.view(torch.uint8), wanted.codes_TN.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("num_rows", [0, *ROWS])
+def test_rows_are_rounded_as_the_twin_rounds_them(launch: Any, num_rows: int, scaled: bool, dtype: torch.dtype) -> None:
+    x = make_uneven(num_rows, HIDDEN, dtype)
+    factors = 0.01 + randn(HIDDEN, seed=2).abs() if scaled else None
+    got, wanted = launch.quantise_rows(x, factors), pointwise.quantise_rows(x, factors)
+    assert_same_codes(got, wanted)
+    if num_rows > 2:
+        assert float(got.scale_T1[2]) == 1 and not got.codes_TN[2].float().any()
+        assert float(got.codes_TN.float().abs().amax()) == 448
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_y", [False, True])
+@pytest.mark.parametrize("num_rows", ROWS)
+def test_norms_round_as_they_write(launch: Any, num_rows: int, has_y: bool, dtype: torch.dtype) -> None:
+    """The codes are those that rounding what was written would give, and what was written is what it was."""
+    x, y = make_uneven(num_rows, HIDDEN, dtype), randn(num_rows, HIDDEN, seed=1).to(dtype) if has_y else None
+    weight = (1 + 0.3 * randn(HIDDEN, seed=2)).to(dtype)
+    term = make_term(num_rows, (HIDDEN,), 4) if has_y and dtype == torch.float32 else None
+    *got, rounded = launch.add_norm_rounded(x, y, term, weight, 1e-6)
+    assert_close(got, launch.add_norm(x, y, term, weight, 1e-6))
+    assert_same_codes(rounded, launch.quantise_rows(got[1]))
+    dn, d_sum = make_uneven(num_rows, HIDDEN, dtype), y
+    factors = 0.01 + randn(HIDDEN, seed=3).abs()
+    arguments = (dn, None, got[0], weight, got[2], d_sum)
+    dx, rounded = launch.norm_grad_rounded(*arguments, factors)
+    assert_close([dx], [launch.norm_grad(*arguments)])
+    assert_same_codes(rounded, launch.quantise_rows(dx, factors))
+
+
+@pytest.mark.parametrize(("num_queries", "num_kv", "channels"), [(3, 1, 24), (8, 2, 64)])
+@pytest.mark.parametrize("num_rows", ROWS)
+def test_the_rotation_back_leaves_the_scales(
+    launch: Any, num_rows: int, num_queries: int, num_kv: int, channels: int
+) -> None:
+    heads = randn(num_rows, num_queries + 2 * num_kv, channels) * WIDE ** randn(num_rows, 1, 1, seed=1).clamp(-1, 1)
+    parts = [part.contiguous() for part in heads.split([num_queries, num_kv, num_kv], 1)]
+    factors = 0.01 + randn(heads[0].numel(), seed=2).abs()
+    cos, sin = angles(num_rows, channels)
+    got, scale = launch.rotate_back_scaled(*parts, cos, sin, factors)
+    assert torch.equal(got, launch.rotate_back(*parts, cos, sin))
+    assert torch.equal(scale, pointwise.quantise_rows(got.flatten(1), factors).scale_T1)
+
+
+@pytest.mark.parametrize(
+    ("family", "memory"), [("llama", FASTEST), ("qwen3", Memory(Keep.INPUT, tile_tokens=16))], ids=["all", "tiles"]
+)
+def test_a_whole_model_in_eight_bits(launch: Any, family: str, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As below, over a base in FP8: kernels round what they write, plain torch what was written."""
+    import medcot.engine
+
+    monkeypatch.setattr(medcot.engine, "check_fp8", lambda model_type, device: None)
+    sizes: dict[str, Any] = {"vocab_size": 112, "num_hidden_layers": 1} | (
+        {"head_dim": 16} if family == "qwen3" else {}
+    )
+    base = build_base(family, **sizes)
+    medcot.engine.hold_in_fp8(base)
+    model = attach(base)
+    assert medcot.engine.accelerate(model).fast
+    engine = engine_of(model)
+    assert engine is not None
+    results = []
+    for ops in (launch, pointwise):
+        engine.ops = ops
+        loss, _ = engine.summed_loss(*flatten(make_rows([9, 1, 10])), memory=memory)
+        loss.backward()
+        results.append((float(loss.detach()), gradients(model)))
+    (loss_fast, got), (loss_plain, wanted) = results
+    # A number that another order of summation moves across the middle of two codes makes a difference of 2^-4 of it.
+    assert loss_fast == pytest.approx(loss_plain, rel=1e-4)
+    assert max(relative(got[name], wanted[name]) for name in wanted) < 0.03
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

@@ -110,3 +110,63 @@ def test_ranges_keep_an_h200_busy(thin: Any) -> None:
         places = thin.MULTIPROCESSORS * resident
         waves = -(-num_blocks * ranges // places)
         assert waves * rows * places / (num_blocks * 6352) < 1.2
+
+
+def assert_rounded(got: Any, written: torch.Tensor, factors: torch.Tensor | None) -> None:
+    """The scales and the bytes that rounding ``written`` by itself would give."""
+    wanted = pointwise.quantise_rows(written, factors)
+    assert torch.equal(got.scale_T1, wanted.scale_T1)
+    assert torch.equal(got.codes_TN.view(torch.uint8), wanted.codes_TN.view(torch.uint8))
+
+
+def uneven(*shape: int, seed: int) -> torch.Tensor:
+    """Rows of different sizes, the third of them zero."""
+    x = randn(*shape, seed=seed) * 100 ** randn(shape[0], 1, seed=seed + 50)
+    x[2:3] = 0
+    return x
+
+
+@pytest.mark.parametrize("rank", [4])
+@pytest.mark.parametrize("widths", [(70,), (64, 33, 5)])
+@pytest.mark.parametrize("num_rows", [1, 37])
+def test_thin_gradients_round_what_they_read(thin: Any, num_rows: int, widths: tuple[int, ...], rank: int) -> None:
+    pairs = make_pairs(widths, rank)
+    dy, u = uneven(num_rows, sum(widths), seed=1), randn(num_rows, rank * len(widths), seed=2)
+    factors = 0.01 + randn(sum(widths), seed=3).abs()
+    scale = pointwise.quantise_rows(dy, factors).scale_T1
+    tiles = thin.Tiles(**SMALL, ranges=2)
+    *got, rounded = thin.thin_gradients_rounded(dy, u, pairs.stacked_Nr, widths, factors, scale, tiles)
+    wanted = thin.thin_gradients(dy, u, pairs.stacked_Nr, widths, tiles)
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+    assert_rounded(rounded, dy, factors)
+
+
+@pytest.mark.parametrize("rank", [4, 20])
+@pytest.mark.parametrize("width", [16, 97])
+@pytest.mark.parametrize("num_rows", [1, 37])
+def test_a_thin_product_rounds_what_it_reads(thin: Any, num_rows: int, width: int, rank: int) -> None:
+    x, A = uneven(num_rows, width, seed=1), randn(rank, width, seed=2)
+    scale = pointwise.quantise_rows(x).scale_T1
+    wanted, _ = pointwise.thin_product_rounded(x, A, scale)
+    for tiles in (thin.Tiles(**SMALL, ranges=2), None):
+        u, rounded = thin.thin_product_rounded(x, A, scale, tiles)
+        assert largest(u, wanted) < TIGHT
+        assert_rounded(rounded, x, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 37])
+def test_swiglu_leaves_the_scales_of_what_it_writes(thin: Any, num_rows: int, dtype: torch.dtype) -> None:
+    width, rank = 70, None if dtype == torch.bfloat16 else 4  # the interpreter has no products of bfloat16
+    gate_up, dh = uneven(num_rows, 2 * width, seed=1).to(dtype), uneven(num_rows, width, seed=2).to(dtype)
+    pairs = make_pairs((width, width), rank) if rank else None
+    term = pairs.term(randn(num_rows, 2 * (rank or 0), seed=3)) if pairs else None
+    factors = 0.01 + randn(2 * width, seed=4).abs()
+    tiles = thin.Tiles(**SMALL, ranges=2)
+    h, scale = thin.swiglu_scaled(gate_up, term, tiles)
+    assert torch.equal(h, thin.swiglu(gate_up, term, tiles))
+    assert torch.equal(scale, pointwise.quantise_rows(h).scale_T1)
+    d, nothing, scale = thin.swiglu_grad_scaled(dh, None, gate_up, term, factors, tiles)
+    assert nothing is None and torch.equal(d, thin.swiglu_grad(dh, None, gate_up, term, tiles)[0])
+    assert torch.equal(scale, pointwise.quantise_rows(d, factors).scale_T1)
+    assert thin.swiglu_scaled(gate_up[:0], None)[1].shape == (0, 1)

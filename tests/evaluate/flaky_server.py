@@ -29,6 +29,9 @@ class FlakyServer:
         self.keys: set[str | None] = set()
         self.message: dict[str, Any] = {}  # instead of the usual one
         self.fields: dict[str, Any] = {}  # further fields of a reply
+        self.ensure_ascii = True
+        self.said: str | None = None  # of an error; otherwise it quotes the key
+        self.location = ""  # of "307 to"
         self.most_at_once = self._at_once = 0
         self._lock = threading.Lock()
         self._port = 0
@@ -130,8 +133,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, item: str, fault: str | None, stream: bool) -> None:
         if fault is not None and fault[:1].isdigit():
             code, _, wish = fault.partition(" after ")
-            said = json.dumps({"error": {"message": f"no: {self.headers['Authorization']}", "code": code}}).encode()
-            self._send(int(code), said, {"Retry-After": wish} if wish else {})
+            quoted = self.owner.said or f"no: {self.headers['Authorization']}"
+            headers = (
+                {"Location": self.owner.location} if code.endswith(" to") else {"Retry-After": wish} if wish else {}
+            )
+            code = code.removesuffix(" to")
+            self._send(int(code), json.dumps({"error": {"message": quoted, "code": code}}).encode(), headers)
+        elif fault == "drip":
+            self._drip()
         elif fault == "timeout":
             time.sleep(1.6)
             self.close_connection = True
@@ -143,10 +152,22 @@ class _Handler(BaseHTTPRequestHandler):
         elif stream:
             self._stream(item, cut=fault == "truncated")
         else:
-            data = json.dumps(self.owner.reply(item)).encode()
+            data = json.dumps(self.owner.reply(item), ensure_ascii=self.owner.ensure_ascii).encode()
             self._send(200, data, {}, sent=len(data) // 2 if fault == "truncated" else None)
             if fault is None:
                 self.owner.whole[item] += 1
+
+    def _drip(self) -> None:
+        """Send signs of life, as DeepSeek does while a request waits for its turn, and nothing else."""
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        for _ in range(30):
+            self.wfile.write(b"\n")
+            self.wfile.flush()
+            time.sleep(0.05)
+        self.close_connection = True
 
     def _send(self, code: int, data: bytes, headers: dict[str, str], sent: int | None = None) -> None:
         self.send_response(code)
@@ -177,4 +198,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _event(self, value: dict[str, Any]) -> None:
-        self.wfile.write(b"data: " + json.dumps(value).encode() + b"\n\n")
+        self.wfile.write(b"data: " + json.dumps(value, ensure_ascii=self.owner.ensure_ascii).encode() + b"\n\n")

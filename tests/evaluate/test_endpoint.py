@@ -20,10 +20,11 @@ import pytest
 from flaky_server import FlakyServer
 
 from medcot.errors import ModelError, NetworkError
+from medcot.evaluate import endpoint
 from medcot.evaluate.backends import Answer, Counts, Ending, Limits, Request
-from medcot.evaluate.endpoint import Dialect, Endpoint, EndpointBackend, _read_retry_after
+from medcot.evaluate.endpoint import Dialect, Endpoint, EndpointBackend, _read_retry_after, is_this_machine
 from medcot.evaluate.pace import Pace
-from medcot.evaluate.replies import Broken, Price, Refused, Reply, Thinks, build_answer, read_body, read_lines
+from medcot.evaluate.replies import Broken, Price, Refused, Reply, Thinks, build_answer, read_body, read_stream
 from medcot.evaluate.store import AnswerStore, Subject, answer_all
 from medcot.generate import Sampling
 from medcot.records import Finish
@@ -225,6 +226,20 @@ def test_a_spent_allowance_is_waited_for() -> None:
     assert asyncio.run(run()) == pytest.approx(0.3, abs=0.1)
 
 
+def test_a_pause_asked_for_while_tokens_are_waited_for_is_kept() -> None:
+    async def run() -> float:
+        pace = Pace(None, 6_000)
+        await pace.enter(0, 6_000)
+        start = time.monotonic()
+        waiting = asyncio.create_task(pace.enter(0, 10))  # 0.1 s for the tokens
+        await asyncio.sleep(0.05)
+        pace.hold(0.4)
+        await waiting
+        return time.monotonic() - start
+
+    assert asyncio.run(run()) == pytest.approx(0.45, abs=0.1)
+
+
 def test_cost_counts_and_who_served() -> None:
     with FlakyServer() as server:
         prices = {"a-model": Price(prompt=2.0, completion=8.0)}
@@ -239,6 +254,93 @@ def test_cost_counts_and_who_served() -> None:
         server.fields = {"usage": None}
         (answer,) = ask(make_backend(server, prices=prices), make_requests(1)).values()
         assert (answer.counts, answer.cost) == (Counts.UNKNOWN, None)
+
+
+def test_the_wrong_place_stops_at_once_and_is_not_followed() -> None:
+    with FlakyServer() as other, FlakyServer({"item-0": ["307 to", "405"]}) as server:
+        server.location = f"{other.url}/chat/completions"
+        backend = make_backend(server, api_key=Secret(KEY, "a test"), concurrency=1)
+        with pytest.raises(ModelError, match=r"307.*points to.*Check the address"):
+            backend.answer(make_requests(5), lambda _: None)
+        with pytest.raises(ModelError, match="405"):
+            backend.answer(make_requests(5), lambda _: None)
+        assert not other.seen, "the key went somewhere else"
+
+
+def test_a_flagged_question_concerns_itself_alone() -> None:
+    with FlakyServer({"item-1": ["403"]}) as server:
+        server.said = "your input was flagged"
+        answers = ask(make_backend(server), make_requests(3))
+        assert [answers[f"item-{i}"].error is None for i in range(3)] == [True, False, True]
+        server.faults, server.said = {"item-1": ["403"]}, "not your model"
+        with pytest.raises(NetworkError, match="not your model"):
+            make_backend(server).answer(make_requests(3), lambda _: None)
+
+
+def test_no_money_is_seen_however_late_it_is_said() -> None:
+    with FlakyServer({"item-0": ["429"]}) as server:
+        server.said = "You exceeded your quota. " * 20 + "insufficient_quota"
+        with pytest.raises(NetworkError, match="in credit"):
+            make_backend(server).answer(make_requests(1), lambda _: None)
+
+
+def test_a_pause_of_hours_is_said_and_not_slept() -> None:
+    with FlakyServer({"item-0": ["429 after 86400"]}) as server, pytest.raises(NetworkError, match=r"24\.0 hours"):
+        make_backend(server).answer(make_requests(1), lambda _: None)
+    assert _read_retry_after("inf") is _read_retry_after("nan") is None
+
+
+def test_all_refused_alike_stops_and_one_answer_before_does_not() -> None:
+    def faults(indices: range) -> dict[str, list[str]]:
+        return {f"item-{i}": ["400"] for i in indices}
+
+    with FlakyServer(faults(range(100))) as server:
+        with pytest.raises(ModelError, match=r"first 32 requests were all refused.*null"):
+            make_backend(server).answer(make_requests(100), lambda _: None)
+        assert server.seen.total() < 50
+    with FlakyServer(faults(range(20))) as server:  # the last few of a run, all of them filtered
+        assert all(answer.error for answer in ask(make_backend(server), make_requests(20)).values())
+    with FlakyServer(faults(range(1, 50))) as server:
+        ask(make_backend(server, concurrency=1), make_requests(50))
+
+
+def test_signs_of_life_without_end_are_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "LONGEST_ATTEMPT", 1)
+    with FlakyServer({"item-0": ["drip"]}) as server:
+        start = time.monotonic()
+        (answer,) = ask(make_backend(server, timeout_s=0.4), make_requests(1)).values()
+        assert (answer.error, answer.num_attempts) == (None, 2)
+        assert 0.4 <= time.monotonic() - start < 2
+
+
+def test_a_field_that_a_server_does_not_know_is_left_out() -> None:
+    with FlakyServer() as server:
+        backend = make_backend(server, extra={"seed": None, "top_k": 20})
+        ask(backend, make_requests(1))
+        assert server.bodies[0].keys() == {"model", "messages", "max_tokens", "temperature", "top_p", "top_k"}
+        assert "seed" not in backend.prompt_of(make_requests(1)[0])
+
+
+def test_another_way_to_read_is_another_answer() -> None:
+    with FlakyServer() as server:
+        (request,) = make_requests(1)
+        plain, tags = make_backend(server), make_backend(server, thinks=Thinks.TAGS)
+        assert plain.prompt_of(request) != tags.prompt_of(request)
+        assert json.loads(plain.prompt_of(request)) == plain.body_of(request)
+        assert make_backend(server, stream=True).prompt_of(request) == plain.prompt_of(request)
+
+
+@pytest.mark.parametrize(
+    ("url", "here"),
+    [
+        ("http://127.0.0.1:8000/v1", True), ("http://127.8.8.8/v1", True), ("http://[::1]:1/v1", True),
+        ("http://localhost/v1", True), ("http://LOCALHOST:9/v1", True), ("http://10.0.0.1/v1", False),
+        ("http://localhost.evil.com/v1", False), ("http://127.0.0.1.evil.com/v1", False),
+        ("https://127.0.0.1@evil.com/v1", False), ("http://0.0.0.0/v1", False),
+    ],
+)  # fmt: skip
+def test_what_is_this_machine(url: str, here: bool) -> None:
+    assert is_this_machine(url) is here
 
 
 # --- replies ----------------------------------------------------------------------------------------------------------
@@ -271,6 +373,11 @@ def test_reasoning_is_found(message: dict[str, Any], think: str, answer: str, cl
     assert got.text.rpartition("</think>")[2].strip() == answer or not closed
 
 
+def test_thinking_in_a_field_and_in_tags_stands_in_the_text_once() -> None:
+    got = build({"content": "more</think>\nB", "reasoning_content": "hm"})
+    assert (got.think, got.answer, got.text) == ("hm\nmore", "B", "<think>\nhm\nmore\n</think>\n\nB")
+
+
 def test_a_model_that_thinks_in_tags_and_has_none_is_unfinished() -> None:
     got = build({"content": "thinking, Final answer: B"}, thinks=Thinks.TAGS)
     assert (got.think, got.answer, got.closed) == ("thinking, Final answer: B", "", False)
@@ -298,8 +405,99 @@ def test_every_way_to_cut_a_stream_is_noticed() -> None:
     lines += [event({"content": "Final"}), event({"content": " answer: B"}), event({}, "stop"), "data: [DONE]"]
     for stop in range(len(lines) - 2):
         with pytest.raises(Broken):
-            read_lines(lines[:stop])
+            read_stream("\n".join(lines[:stop]).encode())
     check: Callable[[Reply], tuple[str, str, str | None]] = lambda r: (r.reasoning, r.content, r.finish)  # noqa: E731
-    assert check(read_lines(lines)) == check(read_lines(lines[:-1])) == ("hm", "Final answer: B", "stop")
+    for end in ("\n", "\r\n", "\r"):
+        for sent in (lines, lines[:-1]):
+            assert check(read_stream(end.join(sent).encode())) == ("hm", "Final answer: B", "stop")
     with pytest.raises(Broken, match="no JSON"):
-        read_lines([*lines[:4], 'data: {"choices": [{"del'])
+        read_stream("\n".join([*lines[:4], 'data: {"choices": [{"del']).encode())
+
+
+def test_a_line_ends_where_the_standard_says_and_not_where_python_does() -> None:
+    signs = "a\u2028b\u2029c\x85d"  # as pydantic's JSON has them: unescaped
+    chunk = {"choices": [{"delta": {"content": signs}, "finish_reason": "stop"}]}
+    assert read_stream(b"data: " + json.dumps(chunk, ensure_ascii=False).encode() + b"\n\n").content == signs
+    with FlakyServer() as server:
+        server.message = {"content": f"<think>{signs}</think>Final answer: B"}
+        server.ensure_ascii = False
+        for stream in (False, True):
+            (answer,) = ask(make_backend(server, stream=stream, max_attempts=2), make_requests(1)).values()
+            assert (answer.think, answer.answer, answer.num_attempts) == (signs, "Final answer: B", 1)
+
+
+@pytest.mark.parametrize("finish", ["insufficient_system_resource", "abort", "error"])
+def test_what_a_server_gave_up_is_no_answer(finish: str) -> None:
+    with pytest.raises(Broken, match=finish):
+        build({"content": "half"}, finish=finish)
+    with pytest.raises(Broken, match="overloaded"):
+        read_body(b'{"choices": [{"error": {"message": "overloaded"}, "finish_reason": "stop"}]}')
+
+
+def test_half_a_chain_of_thought_is_no_answer_unless_thinking_was_elsewhere() -> None:
+    message = {"content": "so maybe\nFinal answer: B\nWait"}
+    cut = build(message, finish="length")
+    assert (cut.think, cut.answer, cut.closed) == (message["content"], "", False)
+    assert build(message, finish="stop").closed
+    reply = Reply(content="x", finish="length", usage={"completion_tokens_details": {"reasoning_tokens": 5}})
+    settings: dict[str, Any] = {"seconds": 1.0, "num_attempts": 1}
+    assert build_answer(reply, make_requests(1)[0], Thinks.AUTO, None, **settings).answer == "x"
+    quiet = make_requests(1, Limits(0, 10))[0]  # it was told not to think
+    assert build_answer(Reply(content="x", finish="length"), quiet, Thinks.AUTO, None, **settings).answer == "x"
+
+
+Q = make_requests(1)[0].question
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        # As transformers serve 5.23 sent them, of DeepSeek-R1-Distill-Qwen's tokenizer.
+        (f"<｜begin▁of▁sentence｜><｜User｜>{Q}<｜Assistant｜>hm</think>\nB<｜end▁of▁sentence｜>", "hm</think>\nB"),
+        (f"<｜begin▁of▁sentence｜><｜User｜>{Q}<｜Assistant｜><think>\nhm<｜end▁of▁sentence｜>", "<think>\nhm"),
+        (f"<｜begin▁of▁sentence｜><｜User｜>{Q}<｜Assistant｜><｜end▁of▁sentence｜>", ""),
+        (f"<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n<|endoftext|>", "B"),
+        ("B</s>", "B"),
+        # What a model wrote itself stays.
+        (f"You ask: {Q} B", f"You ask: {Q} B"),
+        (f"{Q} B", f"{Q} B"),
+        ("a <|im_end|> b", "a <|im_end|> b"),
+        ("if p<|x| then |y|> B", "if p<|x| then |y|> B"),
+        ("<think>\nhm</think>\nuser B", "<think>\nhm</think>\nuser B"),
+    ],
+)
+def test_a_frame_that_was_left_on_is_taken_off(content: str, text: str) -> None:
+    assert build({"content": content}).text == text
+    assert build({"content": "<think>a<|im_end|>"}, finish="length").text == "<think>a<|im_end|>"
+
+
+def test_no_body_however_odd_is_more_than_broken() -> None:
+    rng = random.Random(3)
+    odd: list[Any] = [None, True, 0, -1, 1.5, "x", [], {}, [None], ["x"], {"x": 1}]
+    names = ("choices", "message", "delta", "content", "reasoning", "finish_reason", "usage", "model", "error")
+    names += ("completion_tokens", "completion_tokens_details", "total_tokens")
+
+    def grow(depth: int) -> Any:
+        if depth == 0 or rng.random() < 0.2:
+            return rng.choice(odd)
+        if rng.random() < 0.3:
+            return [grow(depth - 1)]
+        return {name: grow(depth - 1) for name in rng.sample(names, 4)} | {"finish_reason": "stop"}
+
+    def body() -> dict[str, Any]:
+        choice = {"message": grow(2), "delta": grow(2), "finish_reason": "stop"}
+        return {"choices": [choice], "usage": grow(2), "model": grow(1)} if rng.random() < 0.7 else {"choices": grow(2)}
+
+    num_whole = 0
+    for _ in range(3000):
+        value = json.dumps(body()).encode()
+        for read, data in ((read_body, value), (read_stream, b"data: " + value)):
+            try:
+                answer = build_answer(
+                    read(data), make_requests(1)[0], Thinks.AUTO, Price(1, 1), seconds=1.0, num_attempts=1
+                )
+            except Broken:
+                continue
+            num_whole += 1
+            assert isinstance(answer.answer, str) and answer.num_answer_tokens >= 0
+    assert 1000 < num_whole < 6000

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,8 @@ from medcot.evaluate.grading import grade
 from medcot.evaluate.local import ModelWriter, TokenBackend
 from medcot.evaluate.store import AnswerStore, Subject, answer_all
 from medcot.evaluate.vllm_writer import VllmWriter
-from medcot.generate import Generated, Sampling
+from medcot.evaluate.writing import Shares, Thoughts, seed_of
+from medcot.generate import Generated, OnWritten, Sampling
 from medcot.prompt import Style, encode_prompt, encode_row, render_prompt
 from medcot.records import AnswerKind, Example, Finish, Outcome
 from tiny_models import attach
@@ -93,6 +96,140 @@ def test_several_seeds_and_the_store(model: Any, tokenizer: PreTrainedTokenizerB
     assert [answer.text for answer in sorted(ask(backend, requests[:6]).values(), key=lambda a: a.item_id)] == texts[:6]
 
 
+def test_draws_belong_to_the_item(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Other questions beside it, another order, another batch, another seed's requests: nothing changes an answer."""
+
+    def fresh(size: int) -> TokenBackend:
+        return TokenBackend(ModelWriter(model, tokenizer), tokenizer, Style.SHORT, batch_size=size)
+
+    whole = ask(fresh(4), make_requests(FORCED, WARM, seeds=(1, 2)))
+    for size in (1, 3):
+        some = ask(fresh(size), make_requests(FORCED, WARM, seeds=(2,))[::-2])
+        assert len(some) == 3 and all(same(answer, whole[place]) for place, answer in some.items())
+    again = dataclasses.replace(make_requests(FORCED, WARM)[0], item_id="another")
+    assert not same(ask(fresh(1), [again])["another", 0], ask(fresh(1), make_requests(FORCED, WARM)[:1])["q-0", 0])
+
+
+def test_answers_are_handed_over_as_they_end(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A killed evaluation keeps what had ended: here the fourth answer is the last that anyone hears of."""
+    kept: list[Answer] = []
+
+    def on_answer(answer: Answer) -> None:
+        kept.append(answer)
+        if len(kept) == 4:
+            raise KeyboardInterrupt
+
+    limits = [WRITTEN] * 3 + [Limits(0, 4)] * 3
+    requests = [dataclasses.replace(r, limits=x) for r, x in zip(make_requests(WRITTEN), limits, strict=True)]
+    backend = TokenBackend(ModelWriter(model, tokenizer), tokenizer, Style.SHORT, batch_size=2)
+    with pytest.raises(KeyboardInterrupt):
+        backend.answer(requests, on_answer)
+    assert {answer.item_id for answer in kept[:3]} == {"q-0", "q-1", "q-2"} and kept[3].num_think_tokens > 0
+
+
+def test_seconds_add_up_to_the_time(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    backend = TokenBackend(ModelWriter(model, tokenizer), tokenizer, Style.SHORT, batch_size=4)
+    for limits in (WRITTEN, FORCED, LIKELIHOOD):
+        start = time.monotonic()
+        answers = ask(backend, make_requests(limits))
+        spent = time.monotonic() - start
+        assert all(answer.seconds > 0 for answer in answers.values() if limits is WRITTEN)
+        assert sum(answer.seconds for answer in answers.values()) <= spent
+        if limits is WRITTEN:
+            assert sum(answer.seconds for answer in answers.values()) > 0.5 * spent
+
+
+def test_measuring_passes_over_eos(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    ids = tokenizer("one?").input_ids
+    rooms: dict[bool, list[int]] = {}
+    for stop in (True, False):
+        got: dict[int, Generated] = {}
+        writer = ModelWriter(model, tokenizer, stop_at_eos=stop)
+        writer.write([ids] * 40, [60] * 40, Sampling(2.0, 1.0), range(40), got.__setitem__, batch_size=16)
+        rooms[stop] = [len(got[row][0]) for row in range(40)]
+    assert min(rooms[True]) < 60 and rooms[False] == [60] * 40
+
+
+# --- thoughts ---------------------------------------------------------------------------------------------------------
+
+
+class Counted(ModelWriter):
+    """Counts the tokens it writes."""
+
+    num_tokens = 0
+
+    def write(self, *arguments: Any, **how: Any) -> None:
+        *rest, on_written = arguments
+
+        def count(place: int, generated: Generated) -> None:
+            self.num_tokens += len(generated[0])
+            on_written(place, generated)
+
+        super().write(*rest, count, **how)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
+def test_a_small_budget_is_the_beginning_of_a_large_one(
+    model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+) -> None:
+    writer = Counted(model, tokenizer)
+    sweep = TokenBackend(writer, tokenizer, Style.SHORT, batch_size=4)
+    before = 0
+    for cap in (24, 16, 5, 1):
+        requests = make_requests(Limits(cap, 6, Ending.FORCED), sampling, seeds=(3, 4))
+        found = ask(sweep, requests)
+        fresh = ask(TokenBackend(ModelWriter(model, tokenizer), tokenizer, Style.SHORT, batch_size=4), requests)
+        assert all(same(answer, fresh[place]) for place, answer in found.items())
+        assert cap == 24 or writer.num_tokens - before <= 6 * len(requests)  # the answers alone
+        before = writer.num_tokens
+    ask(sweep, make_requests(Limits(30, 6, Ending.FORCED), sampling, seeds=(3,)))  # more than is known
+    assert writer.num_tokens - before > 6 * len(QUESTIONS)
+
+
+def test_largest_budgets_are_asked_first(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    caps = (3, 24, 12)
+    requests = [request for cap in caps for request in make_requests(Limits(cap, 6, Ending.LIKELIHOOD), WARM)]
+    writer, answers = Counted(model, tokenizer), list[Answer]()
+    TokenBackend(writer, tokenizer, Style.SHORT, batch_size=4).answer(requests, answers.append)
+    assert len(answers) == 18 and writer.num_tokens <= 24 * 6
+    for cap in caps:
+        backend = TokenBackend(ModelWriter(model, tokenizer), tokenizer, Style.SHORT, batch_size=4)
+        alone = ask(backend, make_requests(Limits(cap, 6, Ending.LIKELIHOOD), WARM))
+        place = (24, 12, 3).index(cap)
+        for answer in answers[6 * place : 6 * place + 6]:
+            assert same(answer, alone[answer.item_id, 0])
+
+
+def test_what_is_known_of_a_thought() -> None:
+    thoughts = Thoughts()
+    thoughts.keep("cut", [5, 6, 7], Finish.LENGTH)
+    thoughts.keep("ended", [5, 6, 1], Finish.EOS)
+    thoughts.keep("ended", [5], Finish.LENGTH)  # less than is known
+    assert thoughts.find("cut", 2) == thoughts.find("ended", 2) == ([5, 6], Finish.LENGTH)
+    assert thoughts.find("cut", 3) == ([5, 6, 7], Finish.LENGTH) and thoughts.find("cut", 4) is None
+    assert thoughts.find("ended", 3) == thoughts.find("ended", 9) == ([5, 6, 1], Finish.EOS)
+    assert thoughts.find("other", 1) is None
+
+
+def test_shares_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("medcot.evaluate.writing.time", SimpleNamespace(monotonic=lambda: now[0]))
+    shares = Shares(3, 2)
+    found = {}
+    for row, at in ((1, 4.0), (0, 10.0), (2, 11.0)):
+        now[0] = at
+        found[row] = shares.end(row)
+    assert found == {1: 2.0, 0: 5.0, 2: 4.0}  # two share the first ten, one has the last alone
+
+
+def test_a_rows_seed_is_its_requests_and_its_items() -> None:
+    first = make_requests(WRITTEN)[0]
+    others = [dataclasses.replace(first, item_id="q-00"), dataclasses.replace(first, seed=1)]
+    seeds = [seed_of(first), seed_of(first, "again"), *map(seed_of, others)]
+    assert len(set(seeds)) == 4 and all(0 <= seed < 2**63 for seed in seeds)
+    assert seed_of(first) == 8764378790143933098  # the same in every process and version
+
+
 def test_the_prompt_is_the_serving_prompt(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     backend = TokenBackend(ModelWriter(model, tokenizer), tokenizer, Style.TUTORIAL, batch_size=4)
     request = make_requests(WRITTEN)[1]
@@ -117,8 +254,11 @@ class Script:
         self.tokenizer, self.answers = tokenizer, answers
         self.prompts: list[str] = []
 
-    def write(self, prompts: Any, max_new_tokens: int, sampling: Any, seed: int) -> list[Generated]:
-        return [self._continue(self.tokenizer.decode(prompt), max_new_tokens) for prompt in prompts]
+    def write(
+        self, prompts: Any, rooms: Any, sampling: Any, seeds: Any, on_written: OnWritten, *, batch_size: int
+    ) -> None:
+        for place, (prompt, room) in enumerate(zip(prompts, rooms, strict=True)):
+            on_written(place, self._continue(self.tokenizer.decode(prompt), room))
 
     def _continue(self, text: str, most: int) -> Generated:
         self.prompts.append(text)
@@ -202,10 +342,10 @@ def test_the_forced_close_has_the_ids_of_a_training_row(tokenizer: PreTrainedTok
     taken: list[list[int]] = []
 
     class Rows(Script):
-        def write(self, prompts: Any, max_new_tokens: int, sampling: Any, seed: int) -> list[Generated]:
+        def write(self, prompts: Any, rooms: Any, sampling: Any, seeds: Any, on_written: Any, **_: Any) -> None:
             taken.append(list(prompts[0]))
             ids = glue + tokenizer("on and on").input_ids if len(taken) == 1 else tokenizer(" B").input_ids
-            return [(ids, Finish.LENGTH)]
+            on_written(0, (ids, Finish.LENGTH))
 
     backend = TokenBackend(Rows(tokenizer), tokenizer, style, batch_size=1)
     answer = ask(backend, make_requests(Limits(20, 9, Ending.FORCED))[:1])["q-0", 0]
@@ -278,9 +418,10 @@ def test_vllm_is_asked_by_ids(tokenizer: PreTrainedTokenizerBase) -> None:
     assert fake.settings == {"model": "a-model", "enable_lora": True, "max_lora_rank": 8, "max_model_len": 512}
     answers = ask(TokenBackend(writer, tokenizer, Style.SHORT, batch_size=99), make_requests(WRITTEN, WARM, (7,))[:3])
     ((prompts, params, how),) = fake.calls
-    longest_last = sorted((encode_prompt(q, Style.SHORT, tokenizer) for q in QUESTIONS[:3]), key=len)
-    assert [prompt["prompt_token_ids"] for prompt in prompts] == longest_last
-    assert params == {"temperature": 0.9, "top_p": 0.95, "max_tokens": 32, "seed": 7, "detokenize": False}
+    assert [p["prompt_token_ids"] for p in prompts] == [encode_prompt(q, Style.SHORT, tokenizer) for q in QUESTIONS[:3]]
+    seeds = [param.pop("seed") for param in params]
+    assert len(set(seeds)) == 3
+    assert params == [{"temperature": 0.9, "top_p": 0.95, "max_tokens": 32, "detokenize": False}] * 3
     assert how == {"lora_request": ("lora", "adapter", 1, "run/adapter"), "use_tqdm": False}
     finishes = [answer.finish for answer in answers.values()]
     assert finishes.count(Finish.LENGTH) == 1 and answers["q-0", 7].answer == "Final answer: B"

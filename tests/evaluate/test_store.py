@@ -62,12 +62,14 @@ def test_a_key_changes_with_everything_an_answer_depends_on() -> None:
         (SUBJECT, replace(REQUEST, sampling=Sampling(0.6, 0.9)), "p"),
         (SUBJECT, replace(REQUEST, seed=4), "p"),
         (SUBJECT, replace(REQUEST, limits=Limits(101, 20)), "p"),
-        (SUBJECT, replace(REQUEST, limits=Limits(100, 21)), "p"),
+        (SUBJECT, replace(REQUEST, limits=Limits(0, 121)), "p"),
         (SUBJECT, replace(REQUEST, limits=Limits(100, 20, Ending.FORCED)), "p"),
         (SUBJECT, replace(REQUEST, choices=("A", "B")), "p"),
     ]
     keys = {compute_key(*parts) for parts in other} | {compute_key(SUBJECT, REQUEST, "p")}
     assert len(keys) == len(other) + 1
+    shared = replace(REQUEST, limits=Limits(90, 30))  # one limit for both, however it is divided
+    assert compute_key(SUBJECT, shared, "p") == compute_key(SUBJECT, REQUEST, "p")
     assert compute_key(SUBJECT, REQUEST, "p") == compute_key(replace(SUBJECT), replace(REQUEST), "p")
 
 

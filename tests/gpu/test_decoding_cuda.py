@@ -121,7 +121,7 @@ def test_attention(
     fused = randn(1, len(lengths), num_queries + 2 * num_kv, channels).cuda().bfloat16()
     weights = tuple((1 + randn(channels, seed=s)).cuda().bfloat16() for s in (5, 6)) if norms else None
     A = randn(16, num_queries * channels, seed=7).cuda().bfloat16() if interleaved else None
-    rows = step_ops.Rows(*(torch.tensor(lengths, dtype=torch.int32, device="cuda") for _ in range(4)))
+    rows = step_ops.Rows(*(torch.tensor(lengths, dtype=torch.int32, device="cuda") for _ in range(3)))
     to = step_ops.attend(
         fused.flatten(2),
         rows,
@@ -143,26 +143,37 @@ def test_attention(
         assert typical(to.u_BPR.sum(1), x.float() @ A.float().T) < 1e-3
 
 
+@pytest.mark.parametrize("width", [1, 16, 21])  # Triton compiles each of these sizes apart
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("top_p", [1e-6, 0.6, 0.95, 1.0])
-def test_draws_follow_the_nucleus(top_p: float, dtype: torch.dtype) -> None:
+def test_draws_follow_the_nucleus(top_p: float, dtype: torch.dtype, width: int) -> None:
     from medcot.engine import step_ops
 
     num, vocabulary = 64, 128256
     logits = (3 * randn(num, vocabulary)).to("cuda", dtype)
-    chances = torch.rand(1, num, generator=torch.Generator().manual_seed(3)).cuda()
+    chances = torch.rand(num, width, generator=torch.Generator().manual_seed(3)).cuda()
     zeros = torch.zeros(num, dtype=torch.int32, device="cuda")
-    numbers = torch.arange(num, dtype=torch.int32, device="cuda")
-    state = step_ops.Rows(torch.zeros(num, dtype=torch.long, device="cuda"), zeros.clone(), zeros.clone(), numbers)
-    step_ops.sample(logits, state, chances, 0.6, top_p)
+    state = step_ops.Rows(torch.zeros(num, dtype=torch.long, device="cuda"), zeros.clone(), zeros.clone())
+    step_ops.sample(logits, state, chances, 63, 0.6, top_p)
     for row in range(num):
         shares = twin.nucleus(logits[row].float(), 0.6, top_p)
-        token, chance = int(state.ids_B[row]), float(chances[0, row])
+        token, chance = int(state.ids_B[row]), float(chances[row, 0])
         edge = float(shares[: token + 1].sum())
         assert shares[token] > 0
         assert edge - float(shares[token]) - 1e-4 <= chance <= edge + 1e-4
-    step_ops.sample(logits, state, chances, 0.0, 1.0)
+    step_ops.sample(logits, state, chances, 63, 0.0, 1.0)
     assert torch.equal(logits.gather(1, state.ids_B[:, None])[:, 0], logits.amax(-1))
+
+
+def test_a_row_that_has_ended_stays_in_its_cache() -> None:
+    from medcot.engine import step_ops
+
+    places, steps = (torch.tensor(values, dtype=torch.int32, device="cuda") for values in ([62, 63], [1, 9]))
+    state = step_ops.Rows(torch.zeros(2, dtype=torch.long, device="cuda"), places, steps)
+    chances = torch.tensor([[0.1, 0.5], [0.1, 0.9]], device="cuda")
+    step_ops.sample(torch.zeros(2, 5, dtype=torch.bfloat16, device="cuda"), state, chances, 63, 1.0, 1.0)
+    assert state.lengths_B.tolist() == [63, 63] and state.steps_B.tolist() == [2, 10]
+    assert state.ids_B.tolist() == [2, 4]
 
 
 # --- whole answers ----------------------------------------------------------------------------------------------------
@@ -277,6 +288,116 @@ def test_few_tokens(llama: Any, new_tokens: int) -> None:
     assert [tokens for tokens, _ in got] == [tokens[:new_tokens] for tokens, _ in write(llama)]
 
 
+# --- slots that are filled again --------------------------------------------------------------------------------------
+
+MANY = [ids.tolist() for ids, _ in make_rows([3 + 7 * number % 90 for number in range(40)], seed=9)]
+ROOMS = [1 + 11 * number % 60 for number in range(40)]
+
+
+@families
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_refilled_slots_follow_the_forward(family: str, sizes: dict[str, Any], batch_size: int) -> None:
+    fast = attach(build_base(family, torch.bfloat16, **sizes).cuda())
+    exact = copy.deepcopy(fast).float()
+    assert accelerate(fast).fast
+    got = write(fast, MANY, max_new_tokens=ROOMS, batch_size=batch_size)
+    assert [len(tokens) for tokens, _ in got] == ROOMS
+    assert_follows(exact, got, MANY)
+
+
+def test_refilling_is_repeatable(llama: Any) -> None:
+    """What is read between two replays is there for the second, and nothing of the first is lost: no race."""
+    options: dict[str, Any] = {"max_new_tokens": ROOMS, "batch_size": 6, "sampling": WARM, "seed": 5}
+    first = write(llama, MANY, **options)
+    for _ in range(3):
+        assert write(llama, MANY, **options) == first
+    assert write(llama, MANY, **options | {"seed": 6}) != first
+
+
+def test_draws_follow_their_seed_into_any_slot(llama: Any) -> None:
+    """Rounding differs with the batch's size, which moves a draw where its number falls on a border: rarely."""
+    prompts, rooms = [MANY[7]] * 40, [4 + number % 9 for number in range(40)]
+    same = write(llama, prompts, max_new_tokens=rooms, batch_size=8, sampling=WARM, seed=[3] * 40)
+    longest = max((tokens for tokens, _ in same), key=len)
+    assert sum(tokens == longest[: len(tokens)] for tokens, _ in same) >= 30
+    other = write(llama, prompts, max_new_tokens=4, batch_size=8, sampling=WARM, seed=list(range(40)))
+    assert len({tuple(tokens) for tokens, _ in other}) > 5
+
+
+def test_a_graph_is_recorded_once_for_each_number_of_slots(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from medcot.engine.graph_decoding import GraphDecoder
+
+    sizes: list[int] = []
+    record = GraphDecoder._record
+
+    def spy(decoder: GraphDecoder) -> Any:
+        sizes.append(len(decoder.steps.state.ids_B))
+        return record(decoder)
+
+    monkeypatch.setattr(GraphDecoder, "_record", spy)
+    ended: list[int] = []
+    write(llama, MANY, max_new_tokens=ROOMS, batch_size=8, on_written=lambda row, _: ended.append(row))
+    assert sizes[0] == 8 and len(sizes) == len(set(sizes)) <= 4
+    assert sorted(ended) == list(range(40))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM])
+def test_refilled_rows_end_at_eos(llama: Any, sampling: Sampling) -> None:
+    """A slot at a time, so that the same products round alike: the surplus of the row before is in nobody's answer."""
+    prompts = MANY[:12]
+    whole = [tokens for tokens, _ in write(llama, prompts, sampling=sampling, batch_size=1, max_new_tokens=30)]
+    eos = max({t for tokens in whole for t in tokens}, key=lambda t: sum(t in tokens for tokens in whole))
+    told: list[list[int]] = [[] for _ in prompts]
+    got = write(
+        llama,
+        prompts,
+        eos=eos,
+        sampling=sampling,
+        batch_size=1,
+        max_new_tokens=30,
+        on_token=lambda row, token: told[row].append(token),
+    )
+    assert [tokens for tokens, _ in got] == told
+    assert told == [tokens[: tokens.index(eos) + 1] if eos in tokens else tokens for tokens in whole]
+
+
+def test_a_row_that_ran_on_harms_no_other() -> None:
+    """The first ends at once and is stepped two hundred times more, far past the end of its cache."""
+    prompts = [ids.tolist() for ids, _ in make_rows([230, 12, 40], seed=4)]
+    fast = attach(build_base("llama", torch.bfloat16).cuda())
+    exact = copy.deepcopy(fast).float()
+    assert accelerate(fast).fast
+    got = write(fast, prompts, max_new_tokens=[2, 200, 200], batch_size=3)
+    assert [len(tokens) for tokens, _ in got] == [2, 200, 200]
+    assert_follows(exact, got, prompts)
+
+
+def test_slots_are_as_many_as_memory_holds(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from medcot.engine import decoding, graph_decoding
+
+    engine = engine_of(llama)
+    assert engine is not None
+    lengths, row_tokens = [len(prompt) for prompt in MANY], max(map(len, MANY)) + 60
+    assert decoding.fit_slots(engine, 40, row_tokens, lengths) == 40
+    reserve = decoding.RESERVE_BYTES + decoding.reading_bytes(engine, decoding.tokens_read(lengths))
+    row_bytes = decoding.cache_bytes(engine, 192) + decoding.reading_bytes(engine, 1) + 2 * 97
+    found = []
+    for num in (0, 1, 2.5, 7):
+        monkeypatch.setattr(decoding, "free_bytes", lambda device, num=num: int(reserve + num * row_bytes))
+        found.append(decoding.fit_slots(engine, 40, row_tokens, lengths))
+    assert found == [1, 1, 2, 7]
+    sizes: list[int] = []
+    make = graph_decoding.Steps.__init__
+
+    def spy(steps: Any, engine: Any, num_slots: int, *arguments: Any, **how: Any) -> None:
+        sizes.append(num_slots)
+        make(steps, engine, num_slots, *arguments, **how)
+
+    monkeypatch.setattr(graph_decoding.Steps, "__init__", spy)
+    got = write(llama, MANY, max_new_tokens=60, batch_size=40)
+    assert sizes == [7] and all(len(tokens) == 60 for tokens, _ in got)
+
+
 def test_memory_is_given_back(llama: Any) -> None:
     write(llama)
     torch.cuda.synchronize()
@@ -293,7 +414,7 @@ def test_a_table_of_angles_is_the_models_own(llama: Any) -> None:
     engine = engine_of(llama)
     assert engine is not None
     with torch.no_grad():
-        steps = Steps(engine, [[1, 2, 3]], 8, temperature=0.0, top_p=1.0, seed=0)
+        steps = Steps(engine, 1, 11, 1, temperature=0.0, top_p=1.0, read_tokens=3)
         positions: Tensor = torch.tensor([2, 9], device="cuda")
         _, cos, sin = engine.embed(positions, positions)
     assert torch.equal(steps.angles[0][positions], cos) and torch.equal(steps.angles[1][positions], sin)

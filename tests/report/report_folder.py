@@ -2,6 +2,8 @@
 
 import json
 
+from medcot.evaluate.lines import group_by_task
+from medcot.evaluate.scores import compare, score
 from medcot.records import Run
 
 
@@ -112,3 +114,27 @@ class RunFolder:
     def write(self, name, lines):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (self.run.folder / name).write_text(text, encoding="utf-8")
+
+    def evaluate(self, before, after):
+        """Put two respondents in place of what was graded, as a run records them."""
+        sides = {"before": before, "after": after}
+        was, now = ({task: found[None] for task, found in group_by_task(it.lines).items()} for it in sides.values())
+        change = compare(was, now)
+        by_task = {found["task"]: found for found in change["tasks"]}
+        self.facts["eval"] = {
+            "source": ",".join(was),
+            **change["pooled"],
+            **{name: score(list(it.lines)) for name, it in sides.items()},
+            "tasks": {
+                task: {
+                    **before.tasks[task],
+                    "before": score(was[task]),
+                    "after": score(now[task]),
+                    "change": by_task[task],
+                }
+                for task in was
+            },
+        }
+        self.write_facts()
+        for name, it in sides.items():
+            self.write(f"samples/{name}.jsonl", [make_sample("ask", "a0"), *it.lines])

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from data_reports import MAIL, make_report
 from report_folder import make_sample
+from test_page import evaluate
 
 from medcot.report import render_card
 
@@ -96,6 +97,16 @@ def test_a_verdict_kept_in_run_json_alone_is_enough(folder):
     card = render_card(folder.run)
     assert "**Clean: no check found fault.**" in card
     assert "| rows.jsonl (split train) | – |" in card and "| not stated |" in card
+
+
+def test_each_task_stands_on_the_card_with_its_verdict(folder):
+    evaluate(folder)
+    card = render_card(folder.run)
+    head = "| Task | n | Before | After | Change, points | Verdict |\n|---|---:|---:|---:|---:|---|\n"
+    assert f"{head}| medqa | 30 |" in card
+    assert "**Better on 2 of 2 tasks.**" in card and "exact McNemar, two-sided, p < 0.0001" in card
+    evaluate(folder, names=["medqa"])
+    assert "| Task |" not in render_card(folder.run)
 
 
 def test_a_run_with_nothing_in_it_still_has_a_card(folder):

@@ -9,9 +9,11 @@ import yaml
 from data_reports import MAIL, make_report
 from report_folder import make_sample
 
+from made_lines import make_respondent, make_task
 from medcot.errors import DataError
 from medcot.report import page as page_module
 from medcot.report import render_report
+from medcot.report.folder import read_folder
 
 EVIL = """<script>alert(1)</script><img src=x onerror=alert(1)>"' onload='x' {{ 7*7 }} </details></style>&amp;"""
 
@@ -200,6 +202,46 @@ def test_questions_are_grouped_by_how_the_verdict_moved(folder):
     for title, number in [("Wrong before, right after", 2), ("Right before, wrong after", 1), ("Wrong both times", 1)]:
         assert f"{title}{number}" in text
     assert "Right both times" not in text
+
+
+def evaluate(folder, names=("medqa", "pubmedqa"), seeds=(0,)):
+    """Grade a base and a better model on some tasks."""
+    tasks = [make_task(name, 30) for name in names]
+    folder.evaluate(*(make_respondent(*it, tasks, seeds=seeds) for it in [("base", 0.3), ("tuned", 0.9)]))
+
+
+def test_several_tasks_and_seeds_are_told_apart(folder):
+    evaluate(folder, seeds=(7, 8))
+    html = draw(folder)
+    elements, text = Elements(html), plain(html).replace("\u202f", " ")
+    assert "Better on 2 of 2 tasks" in text and "After training against the model before: better on medqa" in text
+    change = folder.facts["eval"]["tasks"]["pubmedqa"]["change"]
+    assert f"+{100 * change['delta']:.1f}" in text and text.count("30 questions of 30") == 2
+    assert "Accuracy with 95 % intervals" in text and "sign-flip test over questions" in text
+    assert "the majority of 2 is right on" in text and "medqa: " in text and "seed 8" in text
+    assert html.count('class="item"') == 120
+    assert len(read_folder(folder.run).pairs("eval")) == 120
+    ids = [value for _, key, value in elements.attributes if key == "id"]
+    assert len(ids) == len(set(ids)) and "<script" not in html
+
+
+def test_one_task_has_its_table_too(folder):
+    evaluate(folder, names=["medqa"])
+    text = plain(draw(folder)).replace("\u202f", " ")
+    assert "Improved by" in text and "exact McNemar p < 0.0001" in text
+    assert "30 questions of 30, 4 options" in text and "Which answers were chosen" in text
+    assert "seed 0" not in text and "Several answers" not in text and "Accuracy with 95 % Wilson intervals" in text
+
+
+def test_an_answer_that_failed_is_no_text(folder):
+    lost = make_sample("eval", "q0", "failed", finish=None, text="", think="", answer="", error="none <b>")
+    folder.write("samples/before.jsonl", [lost])
+    html = draw(folder)
+    assert "Generation failed; there is no text. none &lt;b&gt;" in html
+    (sample,) = read_folder(folder.run).before
+    assert sample.completion is None
+    style = html[html.index('id="style"') : html.index('id="asked"')]
+    assert style.count("Before") == 0, "what failed is not measured as an empty text"
 
 
 def test_questions_beyond_the_limit_are_counted(folder, monkeypatch):

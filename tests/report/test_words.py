@@ -27,6 +27,17 @@ def test_the_verdict_follows_the_test_and_not_the_bars(before, after, p_value, t
     assert ("cannot be told" in verdict.headline or "can be told" in verdict.headline) == (tone == "open")
 
 
+def test_the_verdict_of_several_tasks_is_holms_and_not_the_pools():
+    side = make_side(2)
+    same = {"verdict": "no detectable change", "interval": None, "p_adjusted": 0.06, "before": side, "after": side}
+    tasks = {name: {"change": same | {"task": name, "delta": 0.1}} for name in "ab"}
+    evaluation = {"before": make_side(0), "after": make_side(3), "delta": 0.75, "p_value": 0.001, "tasks": tasks}
+    assert judge({"eval": evaluation}).headline == "No detectable change on any of 2 tasks"
+    tasks["b"]["change"] |= {"verdict": "worse", "delta": -0.1}
+    assert judge({"eval": evaluation}).tone == "worse"
+    assert judge({"eval": evaluation | {"tasks": {"a": tasks["a"]}}}).tone == "open"
+
+
 def _finding(name, severity):
     return {"id": name, "severity": severity}
 
@@ -82,6 +93,11 @@ def test_a_running_evaluation_is_not_called_absent():
         (words.seconds, 7620, "2 h 07 min"),
         (words.interval, [0.462, 0.653], "46.2–65.3 %"),
         (words.interval, None, "–"),
+        (words.change_interval, {"low": -0.02, "high": 0.1, "method": "x"}, "−2.0 to +10.0"),
+        (words.change_interval, (0.0, 0.1), "0.0 to +10.0"),
+        (words.change_interval, None, "–"),
+        (words.size, -0.0004, "0.0"),
+        (words.join, ["a", "b", "c"], "a, b and c"),
         (words.label, "memory_gb", "Memory, GB"),
         (words.label, "free_water_deficit", "Free water deficit"),
     ],

@@ -27,7 +27,7 @@ from medcot.engine.attention import SHAPE_STEP, build_layout
 from medcot.engine.devices import has_flash, has_fp8, has_triton, send
 from medcot.engine.flash import is_made_for
 from medcot.engine.forward import install, remove
-from medcot.engine.frozen import FP8_STEP, Fp8Linear, Fp8Weight, Matrix, Nf4Weight, dense_weight
+from medcot.engine.frozen import FP8_STEP, Fp8, Fp8Head, Fp8Linear, Fp8Weight, Matrix, Nf4Weight, dense_weight
 from medcot.engine.layers import FAMILIES, GROUPS, FastLayer, LayerPairs, Step, layer_reason, window_of
 from medcot.engine.lora import base_of, cast_adapters
 from medcot.engine.loss import token_loss
@@ -74,16 +74,23 @@ class Engine:
         ]
         self._host: HostStore | None = None
         self._keeps_unpacked = False
-        self._fp8_head: tuple[int, Fp8Weight] | None = None
+        self._fp8_head: tuple[tuple[int, Fp8], Fp8Head] | None = None
 
     @property
     def head(self) -> Tensor | Matrix:
-        """The output head for the loss, as it is now: in 8 bit where the layers are; answers come from it as it is."""
+        """The output head for the loss, as it is now: in 8 bit where the layers are and as they have it chosen.
+
+        Answers come from the head as it is.
+        """
         weight: Tensor = self.causal_lm.lm_head.weight
-        if not isinstance(self.layers[0].down.weight, Fp8Weight) or len(weight) % FP8_STEP:
+        base = self.layers[0].down.weight
+        if not isinstance(base, Fp8Weight) or len(weight) % FP8_STEP:
             return weight
-        if self._fp8_head is None or self._fp8_head[0] != weight.data_ptr():
-            self._fp8_head = (weight.data_ptr(), Fp8Weight([weight], self.dtype))
+        if not (base.choice.head_forward or base.choice.head_backward):
+            return weight
+        built_for = weight.data_ptr(), base.choice
+        if self._fp8_head is None or self._fp8_head[0] != built_for:
+            self._fp8_head = built_for, Fp8Head(weight.detach(), self.dtype, base.choice)
         return self._fp8_head[1]
 
     def embed(self, tokens: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -286,11 +286,11 @@ def _nucleus(logits_ptr, V, best, top, inverse_temperature, top_p, margin, BLOCK
 
 @triton.jit
 def sample_kernel(
-    logits_ptr, V, chances_ptr, num_chances, numbers_ptr, steps_ptr, lengths_ptr, ids_ptr,
+    logits_ptr, V, chances_ptr, num_chances, steps_ptr, lengths_ptr, ids_ptr, last,
     inverse_temperature, top_p, margin,
     BLOCK: tl.constexpr, IS_BF16: tl.constexpr, GREEDY: tl.constexpr, WHOLE_VOCABULARY: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: pick its token, and move the row on by one."""
+    """One program a row: pick its token, and move the row on by one, but not past the last place of its cache."""
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * V
     best = tl.full([], -32769, tl.int32)
@@ -310,7 +310,7 @@ def sample_kernel(
             count = V
         else:
             least, mass, count = _nucleus(logits_ptr, V, best, top, inverse_temperature, top_p, margin, BLOCK, IS_BF16)
-        goal = mass * tl.load(chances_ptr + step * num_chances + tl.load(numbers_ptr + row))
+        goal = mass * tl.load(chances_ptr + row * num_chances + tl.minimum(step, num_chances - 1))
         passed = tl.full([], 0.0, tl.float32)
         ties = tl.full([], 0, tl.int32)
         found = tl.full([], 2147483647, tl.int32)
@@ -328,4 +328,4 @@ def sample_kernel(
         chosen = tl.where(found < V, found, chosen)  # rounding may leave the last sum short of the goal
     tl.store(ids_ptr + row, chosen)
     tl.store(steps_ptr + row, step + 1)
-    tl.store(lengths_ptr + row, tl.load(lengths_ptr + row) + 1)
+    tl.store(lengths_ptr + row, tl.minimum(tl.load(lengths_ptr + row) + 1, last))

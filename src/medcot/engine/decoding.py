@@ -3,37 +3,45 @@
 transformers' default cache grows by concatenation, which copies every key and value of every layer at each token; at
 100 rows that is most of the time on a CPU. Here the cache is one block, allocated once.
 
-This file is what all devices share (a layer bound to its adapters, the reading of the prompts) and the portable
-decoder, plain torch, for a CPU or an older GPU; ``graph_decoding.py`` is the one for CUDA. The portable decoder aligns
-prompts at their right end, so that each new token of every row lands in the same slot and is written as one slice; a
-mask hides the empty slots at the left of shorter prompts, and positions count from each row's own first token, so a
-row's answer does not depend on its neighbours' lengths. Rows that have finished are dropped from the cache in batches.
+This file is what all devices share (a layer bound to its adapters, the reading of prompts, what a cache needs) and the
+portable decoder, plain torch, for a CPU or an older GPU; ``graph_decoding.py`` is the one for CUDA. A row begins at the
+first place of its cache and has its own length; a mask hides what lies behind it, be it empty or left by the row that
+had the slot before. So a row's answer depends on no other, and a slot can be given to another prompt at any step.
+Who gets which slot when is decided in ``slots.py``.
 
 Adapters are applied unmerged, as they are switched when decoding starts.
 
-Axes: B rows; T tokens of all prompts; S cache slots; H query heads; G key/value heads; N = H + 2G; J = H/G;
-C channels.
+Memory is planned before the cache is made (``fit_slots``): fewer slots are slower, an allocation that fails is the end.
+
+Axes: B rows; R of them that are read together; T tokens of all prompts; S places of a row's cache; H query heads;
+G key/value heads; N = H + 2G; C channels; V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from medcot.engine.attention import attention, build_layout, round_up
-from medcot.engine.devices import has_triton
+from medcot.engine.devices import has_triton, send
 from medcot.engine.pointwise import rms_norm, rotary_, swiglu
-from medcot.engine.products import Product
+from medcot.engine.products import RESERVE_BYTES, Product, free_bytes
+from medcot.engine.slots import READ_TOKENS, split_to_read
 
 if TYPE_CHECKING:
     from medcot.engine import Engine
 
-# Attention sees the cache up to the next multiple of this many slots, so that the CPU library compiles its product for
+# Attention sees the cache up to the next multiple of this many places, so that the CPU library compiles its product for
 # one shape in 32 steps and not at every step.
 SLOT_STEP = 32
+# A row's cache is a multiple of this many places, as the attention kernel's blocks are.
+CACHE_STEP = 64
+# Bytes a row and token of the vocabulary that the portable draw holds at most: float32 chances, sorted, their ids,
+# cumulated in float64, and what sorting needs itself.
+DRAW_BYTES = 48
 # Rotary embeddings whose angles depend on how long the row has become; a table of angles made in advance would differ.
 GROWING_ROTARY = ("dynamic", "longrope")
 
@@ -100,7 +108,7 @@ def read_prompts(
     prompts: Sequence[Sequence[int]],
     store: Callable[[int, Tensor, Tensor, Tensor, Tensor], None],
 ) -> Tensor:
-    """Read all prompts; return the last hidden state of each, normed, (B, D).
+    """Read all prompts; return the last hidden state of each, normed, (R, D).
 
     Args:
         engine: the model's fast forward.
@@ -110,9 +118,10 @@ def read_prompts(
             and value heads (T, G, C).
     """
     device, lengths = engine.causal_lm.device, [len(prompt) for prompt in prompts]
-    ids_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    positions_T = torch.cat([torch.arange(length) for length in lengths]).to(device)
-    rows_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+    # Sent without waiting: between the steps of other rows the host must not stop for the device.
+    ids_T = send(torch.tensor([token for prompt in prompts for token in prompt]), device)
+    positions_T = send(torch.cat([torch.arange(length) for length in lengths]), device)
+    rows_T = send(torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)), device)
     layout = build_layout(lengths, device)
     hidden_TD, cos_TC, sin_TC = engine.embed(ids_T, positions_T)
     for index, layer in enumerate(layers):
@@ -120,75 +129,127 @@ def read_prompts(
         _, keys_TGC, values_TGC = layer.split(fused_TNC)
         store(index, rows_T, positions_T, keys_TGC, values_TGC)
         hidden_TD = layer.finish(hidden_TD, attention(fused_TNC, layout, layer.num_kv, layer.window))
-    last_B = torch.tensor(lengths, device=device).cumsum(0) - 1
-    return norm(engine.causal_lm.model.norm, hidden_TD[last_B])
+    last_R = send(torch.tensor(lengths).cumsum(0) - 1, device)
+    return norm(engine.causal_lm.model.norm, hidden_TD[last_R])
+
+
+def next_logits(engine: Engine, prompts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+    """Read prompts a piece at a time, keeping nothing; yield the logits behind each prompt of a piece, (R, V)."""
+    layers = [BoundLayer(engine, index) for index in range(len(engine.layers))]
+    for piece in split_to_read([len(prompt) for prompt in prompts]):
+        yield engine.logits(read_prompts(engine, layers, [prompts[i] for i in piece], lambda *_: None))
+
+
+def cache_bytes(engine: Engine, num_tokens: int) -> int:
+    """Bytes of the keys and values of one row of so many tokens, in all layers."""
+    return sum(2 * layer.num_kv * layer.channels for layer in engine.layers) * num_tokens * engine.dtype.itemsize
+
+
+def reading_bytes(engine: Engine, num_tokens: int) -> int:
+    """Bytes that a forward over so many tokens holds at once: about three tensors as wide as the widest output."""
+    widest = max(sum(p.weight.out_features) for layer in engine.layers for p in layer.projections)
+    return 3 * num_tokens * widest * engine.dtype.itemsize
+
+
+def fit_slots(engine: Engine, wanted: int, row_tokens: int, lengths: Sequence[int]) -> int:
+    """Return how many rows can be written together: ``wanted``, or what a GPU's free memory holds, and at least one.
+
+    A row needs its cache, its part of a step's activations and of the choice of a token. What reading a piece of
+    prompts holds, and ``RESERVE_BYTES``, stay free. On a CPU ``wanted`` is taken as it is: memory there is shared with
+    all else that runs, and the caller knows better.
+
+    Args:
+        engine: the model's fast forward, weights and all already in memory.
+        wanted: rows.
+        row_tokens: the longest prompt and what it may grow by, together.
+        lengths: tokens of each prompt.
+    """
+    device = engine.causal_lm.device
+    if device.type != "cuda":
+        return wanted
+    vocabulary = engine.causal_lm.lm_head.out_features
+    token_bytes = engine.dtype.itemsize if has_graphs(engine) else DRAW_BYTES
+    row_bytes = cache_bytes(engine, round_up(row_tokens, CACHE_STEP))
+    row_bytes += reading_bytes(engine, 1) + vocabulary * token_bytes
+    room = free_bytes(device) - RESERVE_BYTES - reading_bytes(engine, tokens_read(lengths))
+    return max(1, min(wanted, room // row_bytes))
+
+
+def tokens_read(lengths: Sequence[int]) -> int:
+    """The most tokens that are read together."""
+    return max(min(sum(lengths), READ_TOKENS), max(lengths))
 
 
 class Decoder:
-    """A batch of rows being written; ``prefill`` once, then ``step`` until done.
+    """Rows being written, each in a slot of its own; ``read`` prompts into slots, then ``step`` all of them.
 
     Args:
         engine: the model's fast forward.
-        prompts: token ids of each row, none empty.
-        max_new_tokens: how many tokens a row may grow by.
+        num_slots: rows.
+        row_tokens: the longest prompt and what it may grow by, together.
     """
 
-    def __init__(self, engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def __init__(self, engine: Engine, num_slots: int, row_tokens: int) -> None:
         self.engine = engine
         self.layers = [BoundLayer(engine, index) for index in range(len(engine.layers))]
         self.device = engine.causal_lm.device
-        self.lengths = [len(prompt) for prompt in prompts]
-        self.prompts = prompts
-        self.used = max(self.lengths)  # slots written so far
-        slots = round_up(self.used + max_new_tokens, SLOT_STEP)
+        slots = round_up(row_tokens, CACHE_STEP)
         first = self.layers[0]
-        shape = (len(prompts), first.num_kv, slots, first.channels)
+        shape = (num_slots, first.num_kv, slots, first.channels)
+        # Zeros: what a mask hides must still be a number.
         self.keys = [torch.zeros(shape, dtype=engine.dtype, device=self.device) for _ in self.layers]
         self.values = [torch.zeros(shape, dtype=engine.dtype, device=self.device) for _ in self.layers]
-        self.positions_B = torch.tensor(self.lengths, device=self.device)
-        self.starts_B = self.used - self.positions_B  # the slots left of a shorter prompt are empty
+        self.lengths = [0] * num_slots  # tokens in each row's cache
         self.slot_S = torch.arange(slots, device=self.device)
 
-    def prefill(self) -> Tensor:
-        """Read all prompts; return the logits of each row's first new token, (B, V)."""
+    def read(self, places: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Read prompts into these slots, whoever had them; return the logits of each one's first new token, (R, V)."""
+        places_R = torch.tensor(places, device=self.device)
 
         def store(index: int, rows_T: Tensor, positions_T: Tensor, keys_TGC: Tensor, values_TGC: Tensor) -> None:
-            slots_T = self.starts_B[rows_T] + positions_T
-            self.keys[index][rows_T, :, slots_T] = keys_TGC
-            self.values[index][rows_T, :, slots_T] = values_TGC
+            self.keys[index][places_R[rows_T], :, positions_T] = keys_TGC
+            self.values[index][places_R[rows_T], :, positions_T] = values_TGC
 
-        return self.engine.logits(read_prompts(self.engine, self.layers, self.prompts, store))
+        for place, prompt in zip(places, prompts, strict=True):
+            self.lengths[place] = len(prompt)
+        return self.engine.logits(read_prompts(self.engine, self.layers, prompts, store))
 
     def step(self, ids_B: Tensor) -> Tensor:
-        """Append one token to every row; return the logits of the next, (B, V)."""
-        hidden_BD, cos_BC, sin_BC = self.engine.embed(ids_B, self.positions_B)
-        visible = min(round_up(self.used + 1, SLOT_STEP), len(self.slot_S))
+        """Append one token to every row; return the logits of the next, (B, V).
+
+        Rows that have ended are stepped like the others until they leave: at the end of their cache they stay.
+        """
+        lengths_B = torch.tensor(self.lengths, device=self.device)
+        _, num_kv, slots, channels = self.keys[0].shape
+        heads = torch.arange(len(self.lengths) * num_kv, device=self.device)
+        places = heads * slots + lengths_B.repeat_interleave(num_kv)  # in a cache seen as rows of C
+        hidden_BD, cos_BC, sin_BC = self.engine.embed(ids_B, lengths_B)
+        visible = min(round_up(max(self.lengths) + 1, SLOT_STEP), slots)
         masks: dict[int | None, Tensor] = {}
         for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
             if layer.window not in masks:
-                masks[layer.window] = self._mask(visible, layer.window)
+                masks[layer.window] = self._mask(lengths_B[:, None], visible, layer.window)
             queries, new_keys, new_values = layer.split(layer.heads(hidden_BD, cos_BC, sin_BC))
-            keys[:, :, self.used] = new_keys
-            values[:, :, self.used] = new_values
+            keys.view(-1, channels).index_copy_(0, places, new_keys.flatten(0, 1))
+            values.view(-1, channels).index_copy_(0, places, new_values.flatten(0, 1))
             attended = _attend(queries, keys[:, :, :visible], values[:, :, :visible], masks[layer.window])
             hidden_BD = layer.finish(hidden_BD, attended)
-        self.used += 1
-        self.positions_B = self.positions_B + 1
+        self.lengths = [min(length + 1, slots - 1) for length in self.lengths]
         return self.engine.logits(norm(self.engine.causal_lm.model.norm, hidden_BD))
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only, in this order; ``rows`` are indices into the current ones."""
+    def keep(self, places: Sequence[int]) -> None:
+        """Go on with these rows only, in this order."""
+        places_R = torch.tensor(places, device=self.device)
         for index in range(len(self.keys)):  # a layer at a time, so that the old cache is not held beside the new
-            self.keys[index], self.values[index] = self.keys[index][rows], self.values[index][rows]
-        self.positions_B, self.starts_B = self.positions_B[rows], self.starts_B[rows]
+            self.keys[index], self.values[index] = self.keys[index][places_R], self.values[index][places_R]
+        self.lengths = [self.lengths[place] for place in places]
 
-    def _mask(self, visible: int, window: int | None) -> Tensor:
-        """0 for slots a row may see at this step and -inf elsewhere, (B, 1, visible)."""
+    def _mask(self, lengths_B1: Tensor, visible: int, window: int | None) -> Tensor:
+        """0 for places a row may see at this step and -inf elsewhere, (B, 1, visible)."""
         slots = self.slot_S[:visible]
-        first_B1 = self.starts_B[:, None]
+        hidden = slots > lengths_B1
         if window is not None:
-            first_B1 = first_B1.clamp_min(self.used - window + 1)
-        hidden = (slots < first_B1) | (slots > self.used)
+            hidden |= slots <= lengths_B1 - window
         return torch.zeros(hidden.shape, dtype=self.engine.dtype, device=self.device).masked_fill_(
             hidden, float("-inf")
         )[:, None]

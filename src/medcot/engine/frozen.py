@@ -10,7 +10,8 @@ for a layer's work and gives a ``Matrix`` with those two products:
   output channel, activations on the way with a scale for each token. The scale of an output channel is a factor of the
   sum in the forward product, but a factor inside it in the backward one, ``dx = Σₙ dyₙ sₙ w8ₙ``; so it is folded into
   dy before that is rounded. FP8 products want both operands contiguous along the summed axis, hence a transposed copy
-  for the backward product: two bytes a weight in all, as 16 bit.
+  for the backward product: two bytes a weight in all, as 16 bit. ``Fp8`` says which products are in 8 bit. Whoever
+  writes an operand may bring it rounded (``rounding.py``). Without Triton the rounding is plain torch's, for tests.
 
 Axes: T tokens, D inputs, N outputs of the group.
 """
@@ -18,12 +19,15 @@ Axes: T tokens, D inputs, N outputs of the group.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from medcot.engine import pointwise
 from medcot.engine.devices import has_triton
+from medcot.engine.terms import Rounded
 
 FP8_STEP = 16  # cuBLAS multiplies in 8 bit where both sizes of a weight are multiples of this
 
@@ -174,28 +178,47 @@ class Fp8Linear(nn.Linear):
         return nn.functional.linear(input, weight_ND, self.bias)
 
 
+@dataclass(frozen=True)
+class Fp8:
+    """What a model over an FP8 base computes in 8 bit; bench/gpu_curves.py shows each choice's loss curve.
+
+    Attributes:
+        backward: the gradients' products with the layers' weights; otherwise in 16 bit, with the weights as rounded.
+        head_forward: the logits.
+        head_backward: the gradient of the hidden states that the logits were made of.
+        fast_accum: sums stay in the tensor cores' own registers, with about 14 bits, over the whole length; otherwise
+            they are added up in float32 on the way, which takes longer.
+    """
+
+    backward: bool = True
+    head_forward: bool = True
+    head_backward: bool = True
+    fast_accum: bool = True
+
+
 class Fp8Weight:
     """A group's weights in float8 e4m3 with a float32 scale for each output.
 
     Args:
         weights: (Nᵢ, D), 16 or 32 bit, one for each part.
         dtype: what products return, and ``dense()`` unpacks to.
+
+    Attributes:
+        choice: what is computed in 8 bit; ``choose_fp8`` changes it.
     """
 
     def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype) -> None:
-        from medcot.engine.launch import quantise_rows
-
         self.out_features = [len(weight) for weight in weights]
         self.in_features = weights[0].shape[1]
-        self.dtype = dtype
+        self.dtype, self.choice = dtype, Fp8()
         self.rows_ND = torch.empty(
             sum(self.out_features), self.in_features, dtype=torch.float8_e4m3fn, device=weights[0].device
         )
         scales = []
         for weight, rows in zip(weights, self.rows_ND.split(self.out_features), strict=True):
-            rounded, scale = quantise_rows(weight)
-            rows.copy_(rounded)
-            scales.append(scale[:, 0])
+            rounded = quantise(weight)
+            rows.copy_(rounded.codes_TN)
+            scales.append(rounded.scale_T1[:, 0])
         self.scale_N = torch.cat(scales)
         self._columns_DN = self.rows_ND.view(torch.uint8).T.contiguous().view(torch.float8_e4m3fn)
         self._one_1D = torch.ones(1, self.in_features, dtype=torch.float32, device=weights[0].device)
@@ -210,32 +233,73 @@ class Fp8Weight:
 
     def multiply(self, x_TD: Tensor, bias_N: Tensor | None) -> Tensor:
         """``x Wᵀ + b`` in 8 bit, sums in float32."""
-        from medcot.engine.launch import quantise_rows
+        return self.multiply_rounded(quantise(x_TD), bias_N)
 
-        x8_TD, scale_T1 = quantise_rows(x_TD)
-        return torch._scaled_mm(
-            x8_TD,
-            self.rows_ND.T,
-            scale_a=scale_T1,
-            scale_b=self.scale_N[None],
-            bias=bias_N,
-            out_dtype=self.dtype,
-            use_fast_accum=True,
-        )
+    def multiply_rounded(self, x_TD: Rounded, bias_N: Tensor | None) -> Tensor:
+        """``multiply`` of an input that is already rounded."""
+        return self._product(x_TD, self.rows_ND, self.scale_N[None], bias_N)
 
     def multiply_back(self, dy_TN: Tensor) -> Tensor:
         """``dy W`` in 8 bit, the outputs' scales folded into dy."""
+        if not self.choice.backward:
+            return dy_TN @ self.dense()
+        return self.multiply_back_rounded(quantise(dy_TN, self.scale_N))
+
+    def multiply_back_rounded(self, dy_TN: Rounded) -> Tensor:
+        """``multiply_back`` of a gradient that has been rounded with ``scale_N`` as its columns' factors."""
+        assert self.choice.backward, "a backward product in 16 bit rounds nothing"
+        return self._product(dy_TN, self._columns_DN, self._one_1D, None)
+
+    def _product(self, rounded: Rounded, rows_ND: Tensor, scale_1N: Tensor, bias_N: Tensor | None) -> Tensor:
+        return torch._scaled_mm(
+            rounded.codes_TN,
+            rows_ND.T,
+            scale_a=rounded.scale_T1,
+            scale_b=scale_1N,
+            bias=bias_N,
+            out_dtype=self.dtype,
+            use_fast_accum=self.choice.fast_accum,
+        )
+
+
+class Fp8Head:
+    """An output head, each of whose two products is in 8 bit or in the head's own dtype.
+
+    Args:
+        weight_VD: the head.
+        dtype: what products return.
+        choice: which of them is in 8 bit.
+    """
+
+    def __init__(self, weight_VD: Tensor, dtype: torch.dtype, choice: Fp8) -> None:
+        self._eight, self._dense, self._choice = Fp8Weight([weight_VD], dtype), DenseMatrix(weight_VD), choice
+        self._eight.choice = Fp8(fast_accum=choice.fast_accum)
+
+    def multiply(self, x_TD: Tensor, bias_N: Tensor | None) -> Tensor:
+        """``x Wᵀ + b``."""
+        matrix: Matrix = self._eight if self._choice.head_forward else self._dense
+        return matrix.multiply(x_TD, bias_N)
+
+    def multiply_back(self, dy_TN: Tensor) -> Tensor:
+        """``dy W``."""
+        matrix: Matrix = self._eight if self._choice.head_backward else self._dense
+        return matrix.multiply_back(dy_TN)
+
+
+def choose_fp8(model: nn.Module, choice: Fp8) -> None:
+    """Say what a model over an FP8 base computes in 8 bit from now on."""
+    for module in model.modules():
+        if isinstance(module, Fp8Linear):
+            module.group.choice = choice
+
+
+def quantise(x_TN: Tensor, columns_scale_N: Tensor | None = None) -> Rounded:
+    """``pointwise.quantise_rows``, or the same by ``launch`` where Triton is."""
+    if has_triton(x_TN.device):
         from medcot.engine.launch import quantise_rows
 
-        dy8_TN, scale_T1 = quantise_rows(dy_TN, self.scale_N)
-        return torch._scaled_mm(
-            dy8_TN,
-            self._columns_DN.T,
-            scale_a=scale_T1,
-            scale_b=self._one_1D,
-            out_dtype=self.dtype,
-            use_fast_accum=True,
-        )
+        return quantise_rows(x_TN, columns_scale_N)
+    return pointwise.quantise_rows(x_TN, columns_scale_N)
 
 
 def dense_weight(base: Any, dtype: torch.dtype) -> Tensor:

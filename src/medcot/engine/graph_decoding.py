@@ -4,16 +4,19 @@ Launched one by one, the operations of a step take longer to issue than to run: 
 second on a GPU that could write several hundred. Here a step (embedding, layers, head, choice of the next token) is
 recorded once as a CUDA graph and replayed for every token. All that changes from step to step is in tensors on the
 device: each row's next token, its length, how many tokens it has been given. So a step needs nothing from the host, and
-the host reads the tokens while the next steps run: it is a few steps late in seeing that a row has ended, the row's
-surplus is thrown away, and nothing else about it is different. Draws depend on the seed, the row's number and its step
-alone, not on when rows are dropped.
+the host reads the tokens while the next steps run: it is a few steps late in seeing that a row has ended, and the row's
+surplus is thrown away. Each flight of tokens carries what was in the slots when it was launched, so a surplus is known
+even when its slot has been given to another prompt since.
 
-A row writes its keys and values right behind its own, and attention reads each row's cache as far as it is filled. When
-half of the rows have ended the others move together and the step is recorded anew for their number.
+A row writes its keys and values right behind its own, and attention reads each row's cache as far as it is filled. A
+slot is given to another prompt between two replays: its keys and values, its state and its chances are written into the
+very tensors that the graph knows, on the same stream, behind all steps launched for the row before; nothing is recorded
+anew. A row that has ended and is still stepped stays at the last place of its own cache. When no prompt waits and half
+of the rows have ended, the others move together and the step is recorded for their number.
 
 Products choose their own way (``products.py``); the kernels between them are in ``decode_kernels.py``.
 
-Axes: as in ``decoding.py``; P parts of a product's output, to be added by its reader.
+Axes: as in ``decoding.py``; P parts of a product's output, to be added by its reader; T steps.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from torch import Tensor
 
 from medcot.engine import step_ops
 from medcot.engine.attention import round_up
-from medcot.engine.decoding import BoundLayer, read_prompts
+from medcot.engine.decoding import CACHE_STEP, BoundLayer, read_prompts, reading_bytes
 from medcot.engine.devices import send
 from medcot.engine.products import Product, ThinProduct, can_be_thin, keep_what_fits
 
@@ -42,21 +45,21 @@ DROP_SHARE = 0.5
 # Rows at which a pass over packed weights for each of them beats one over dense ones (2 bytes against 0.56 each), and
 # rows up to which it beats making the weights dense at every step (4.56), where memory is too short to keep them.
 THIN_ROWS, THIN_ROWS_WITHOUT_MEMORY = 2, 7
-CACHE_STEP = 64
 
 AnyProduct = Product | ThinProduct
 
 
 class Steps:
-    """What happens on the device: reading the prompts, then steps that ask the host nothing.
+    """What happens on the device: reading prompts into slots, and steps that ask the host nothing.
 
     Args:
         engine: the model's fast forward, in 16 bit.
-        prompts: token ids of each row, none empty.
-        max_new_tokens: how many tokens a row may grow by.
+        num_slots: rows; each is read into before the first step.
+        row_tokens: the longest prompt and what it may grow by, together.
+        num_chances: draws that a row may need.
         temperature: of the draws; 0 is greedy.
         top_p: of the draws.
-        seed: of the draws.
+        read_tokens: the most that are read together.
 
     Attributes:
         state: each row's next token, lengths and steps; a step changes it in place.
@@ -65,38 +68,47 @@ class Steps:
     def __init__(
         self,
         engine: Engine,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
+        num_slots: int,
+        row_tokens: int,
+        num_chances: int,
         *,
         temperature: float,
         top_p: float,
-        seed: int,
+        read_tokens: int,
     ) -> None:
-        self.engine, self.prompts = engine, prompts
+        self.engine = engine
         self.device: torch.device = engine.causal_lm.device
         self.temperature, self.top_p = temperature, top_p
         self.layers = [BoundLayer(engine, index) for index in range(len(engine.layers))]
-        lengths = [len(prompt) for prompt in prompts]
-        slots = round_up(max(lengths) + max_new_tokens, CACHE_STEP)
-        self.caches = [self._allocate(layer, len(prompts), slots) for layer in self.layers]
-        self.thin_rows = THIN_ROWS if self._keep_weights(len(prompts)) else THIN_ROWS_WITHOUT_MEMORY
+        slots = round_up(row_tokens, CACHE_STEP)
+        self.caches = [self._allocate(layer, num_slots, slots) for layer in self.layers]
+        self._last = slots - 1
+        self.thin_rows = THIN_ROWS if self._keep_weights(num_slots, read_tokens) else THIN_ROWS_WITHOUT_MEMORY
         self._thin: list[list[AnyProduct]] | None = None
         self.angles = self._table(slots)
-        # ``sample`` moves a row on by one, and the prompt's last token is in the cache before the first draw.
-        starts = torch.tensor(lengths, dtype=torch.int32, device=self.device) - 1
-        numbers = torch.arange(len(prompts), dtype=torch.int32, device=self.device)
-        ids = torch.zeros(len(prompts), dtype=torch.long, device=self.device)
-        self.state = step_ops.Rows(ids, starts, torch.zeros_like(starts), numbers)
-        # A row's draws follow from the seed and its number, whatever batch it is in.
-        # Neighbouring seeds share no row's draws.
-        rows = [torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63) for row in range(len(prompts))]
-        chances_BT = torch.stack([torch.rand(max_new_tokens, generator=generator) for generator in rows])
-        self.chances_TB = send(chances_BT.T.contiguous(), self.device)
+        ids = torch.zeros(num_slots, dtype=torch.long, device=self.device)
+        self.state = step_ops.Rows(ids, ids.int(), ids.int())
+        self.chances_BT = torch.zeros(num_slots, num_chances, device=self.device)
         self._embedding = engine.causal_lm.model.embed_tokens.weight.to(self.device)
 
-    def read(self) -> None:
-        """Read all prompts and choose the first tokens."""
-        self._choose(read_prompts(self.engine, self.layers, self.prompts, self._store))
+    def read(self, places: Sequence[int], prompts: Sequence[Sequence[int]], chances_RT: Tensor) -> Tensor:
+        """Read prompts into these slots, whoever had them, and choose their first tokens, which are returned, (R)."""
+        places_R = send(torch.tensor(places), self.device)
+
+        def store(index: int, rows_T: Tensor, positions_T: Tensor, keys_TGC: Tensor, values_TGC: Tensor) -> None:
+            cache, places_T = self.caches[index], places_R[rows_T]
+            cache.keys[places_T, :, positions_T] = keys_TGC
+            cache.values[places_T, :, positions_T] = values_TGC
+
+        hidden_RD = read_prompts(self.engine, self.layers, prompts, store)
+        # ``sample`` moves a row on by one, and the prompt's last token is in the cache before the first draw.
+        starts = send(torch.tensor([len(prompt) - 1 for prompt in prompts], dtype=torch.int32), self.device)
+        chances_RT = send(chances_RT, self.device)
+        rows = step_ops.Rows(torch.zeros_like(places_R), starts, torch.zeros_like(starts))
+        self._choose(hidden_RD, rows, chances_RT)
+        self.state.put(places_R, rows)
+        self.chances_BT.index_copy_(0, places_R, chances_RT)
+        return rows.ids_B
 
     def step(self, products: Sequence[Sequence[AnyProduct]]) -> None:
         """Read each row's token and choose its next."""
@@ -109,7 +121,7 @@ class Steps:
             hidden_BD, x = _normed(hidden_BD, out.multiply(*x), layer.mlp_norm, gate_up)
             delta_PBD = down.multiply(*step_ops.swiglu(gate_up.multiply(*x), hidden_BD, down))
         _, x = _normed(hidden_BD, delta_PBD, self.engine.causal_lm.model.norm, None)
-        self._choose(x.x_BD)
+        self._choose(x.x_BD, self.state, self.chances_BT)
 
     def products(self) -> Sequence[Sequence[AnyProduct]]:
         """Each layer's products, for the number of rows there are now."""
@@ -121,7 +133,7 @@ class Steps:
 
     def select(self, places: Tensor) -> None:
         """Go on with these of the current rows only."""
-        self.state = self.state.select(places)
+        self.state, self.chances_BT = self.state.select(places), self.chances_BT[places]
         for index, cache in enumerate(self.caches):  # one at a time: the old cache is not held beside the new
             self.caches[index] = step_ops.Cache(cache.keys[places], cache.values[places])
 
@@ -129,15 +141,12 @@ class Steps:
         shape = (num_rows, layer.num_kv, slots, layer.channels)
         return step_ops.Cache(*(torch.empty(shape, dtype=self.engine.dtype, device=self.device) for _ in range(2)))
 
-    def _keep_weights(self, num_rows: int) -> bool:
+    def _keep_weights(self, num_rows: int, read_tokens: int) -> bool:
         """Make weights dense for many rows; whether all of them are."""
         products = [product for layer in self.layers for product in layer.products]
         thin = all(can_be_thin(projection) for layer in self.engine.layers for projection in layer.projections)
         if (num_rows > THIN_ROWS or not thin) and any(product.dense_bytes for product in products):
-            # Reading the prompts holds about three tensors as wide as the widest output.
-            widest = max(sum(product.weight.out_features) for product in products)
-            tokens = sum(len(prompt) for prompt in self.prompts)
-            keep_what_fits(products, self.device, 3 * tokens * widest * self.engine.dtype.itemsize)
+            keep_what_fits(products, self.device, reading_bytes(self.engine, read_tokens))
         return not any(product.dense_bytes for product in products)
 
     def _table(self, slots: int) -> tuple[Tensor, Tensor]:
@@ -146,17 +155,13 @@ class Steps:
         _, cos_SC, sin_SC = self.engine.embed(torch.zeros_like(positions), positions)
         return cos_SC.contiguous(), sin_SC.contiguous()
 
-    def _store(self, index: int, rows_T: Tensor, positions_T: Tensor, keys_TGC: Tensor, values_TGC: Tensor) -> None:
-        self.caches[index].keys[rows_T, :, positions_T] = keys_TGC
-        self.caches[index].values[rows_T, :, positions_T] = values_TGC
-
-    def _choose(self, hidden_BD: Tensor) -> None:
+    def _choose(self, hidden_BD: Tensor, rows: step_ops.Rows, chances_BT: Tensor) -> None:
         logits_BV = self.engine.logits(hidden_BD).contiguous()
-        step_ops.sample(logits_BV, self.state, self.chances_TB, self.temperature, self.top_p)
+        step_ops.sample(logits_BV, rows, chances_BT, self._last, self.temperature, self.top_p)
 
 
 class Written(NamedTuple):
-    """One step's tokens: of which rows of the batch, and their ids."""
+    """One step's tokens: of which rows, as they were when it was launched, and their ids."""
 
     rows: list[int]
     tokens: list[int]
@@ -169,58 +174,67 @@ class _Flight(NamedTuple):
 
 
 class GraphDecoder:
-    """Steps as a recorded graph: ``launch`` them, ``read`` their tokens in order, ``close`` at the end.
+    """Steps as a recorded graph: ``read`` prompts, ``launch`` steps, ``collect`` the tokens of either in order.
+
+    Rows are any numbers that tell the caller what a token belongs to.
 
     Args:
-        steps: of the batch, nothing read yet. No more than its ``max_new_tokens`` may be launched.
+        steps: of all slots, nothing read yet.
     """
 
     def __init__(self, steps: Steps) -> None:
         self.steps, self.device = steps, steps.device
-        self.rows = list(range(len(steps.prompts)))
-        self.launched = 0
         self._flights: deque[_Flight] = deque()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream = torch.cuda.Stream(self.device)
 
     @property
     def in_flight(self) -> int:
-        """Steps launched and not yet read."""
+        """Steps and readings launched and not yet collected."""
         return len(self._flights)
 
-    def launch(self) -> None:
-        """Start a step, the first of which reads the prompts; returns at once."""
-        with torch.cuda.device(self.device):
-            if self.launched == 0:
-                self.steps.read()
-            else:
-                if self._graph is None:
-                    self._graph = self._record()
-                self._graph.replay()
-            ids = torch.empty(len(self.rows), dtype=torch.long, pin_memory=True)
-            ids.copy_(self.steps.state.ids_B, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self._flights.append(_Flight(self.rows, ids, arrived))
-        self.launched += 1
+    @property
+    def recorded(self) -> bool:
+        """Whether there is a graph, so that the next step costs no recording."""
+        return self._graph is not None
 
-    def read(self) -> Written:
-        """Wait for the oldest step launched."""
+    def read(
+        self, places: Sequence[int], rows: Sequence[int], prompts: Sequence[Sequence[int]], chances_RT: Tensor
+    ) -> None:
+        """Read prompts into slots, behind all steps launched; returns at once."""
+        with torch.cuda.device(self.device):
+            self._fly(rows, self.steps.read(places, prompts, chances_RT))
+
+    def launch(self, rows: Sequence[int]) -> None:
+        """Start a step, ``rows`` being in the slots; returns at once."""
+        with torch.cuda.device(self.device):
+            if self._graph is None:
+                self._graph = self._record()
+            self._graph.replay()
+            self._fly(rows, self.steps.state.ids_B)
+
+    def collect(self) -> Written:
+        """Wait for the oldest of what was launched."""
         flight = self._flights.popleft()
         flight.arrived.synchronize()
         return Written(flight.rows, flight.ids.tolist())
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows of the batch only; steps in flight are still read with all of theirs."""
-        places = torch.tensor([self.rows.index(row) for row in rows], device=self.device)
-        self.rows = list(rows)
+    def keep(self, places: Sequence[int]) -> None:
+        """Go on with these slots only; steps in flight are still collected with all of theirs."""
         self._release()
-        self.steps.select(places)
+        self.steps.select(torch.tensor(places, device=self.device))
 
     def close(self) -> None:
         """Give back the graph's memory."""
         self._release()
         self._flights.clear()
+
+    def _fly(self, rows: Sequence[int], ids_B: Tensor) -> None:
+        ids = torch.empty(len(rows), dtype=torch.long, pin_memory=True)
+        ids.copy_(ids_B, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._flights.append(_Flight(list(rows), ids, arrived))
 
     def _record(self) -> torch.cuda.CUDAGraph:
         """Record a step, after one for practice that compiles kernels and is undone."""

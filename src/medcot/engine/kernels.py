@@ -9,6 +9,9 @@ SwiGLU, unpacking 4-bit weights. All of these only move bytes, so the kernels he
   ``u`` (T, R) and a tile of ``B`` with one small matrix product a tile. The backward pass does the same with ``du A``.
 - The residual sum and the norm after it are one kernel; so are the norm's gradient and the sum of the two gradients
   that meet there.
+- An 8-bit product's operand is rounded by the kernel that makes it, where one program makes whole rows of it: the norm
+  forward and backward. A row's scale is known when the row is complete, so its numbers are looked at once more, from
+  registers or from the cache.
 - NF4 is unpacked at the copy's speed (3.7 TB/s against 2.1 for bitsandbytes' own kernel), to the same bits.
 
 Sums are float32. The plain-torch twins of the same signatures are in ``pointwise.py``; ``launch.py`` calls these.
@@ -42,10 +45,17 @@ def _low_rank(u_tile, factor, columns, column_mask, rank, RP: tl.constexpr, ROW_
     return tl.dot(u_tile, tile, input_precision="ieee")
 
 
+@triton.jit
+def row_scale(largest):
+    """The factor that brings a row whose largest size is given to e4m3's range, and back; see ``quantise_rows``."""
+    return tl.where(largest > 1e-30, largest / 448.0, 1.0)  # what is less comes out as zero
+
+
 @triton.jit(do_not_specialize=_PER_BATCH)
 def add_norm_kernel(
-    x, y, u, b, weight, out_sum, out_norm, out_r, T, rank, eps,
-    D: tl.constexpr, HAS_Y: tl.constexpr, HAS_LOW: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    x, y, u, b, weight, out_sum, out_norm, out_r, codes, codes_scale, T, rank, eps,
+    D: tl.constexpr, HAS_Y: tl.constexpr, HAS_LOW: tl.constexpr, ROUNDS: tl.constexpr, RP: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     row_mask = rows < T
@@ -68,6 +78,7 @@ def add_norm_kernel(
         squares += tl.sum(value * value, 1)
     r = 1.0 / tl.sqrt(squares / D + eps)
     tl.store(out_r + rows, r, mask=row_mask)
+    largest = tl.zeros((BT,), tl.float32)
     tl.debug_barrier()
     for start in range(0, D, BD):
         columns = start + tl.arange(0, BD)
@@ -78,13 +89,28 @@ def add_norm_kernel(
         else:
             value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
         scale = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
-        tl.store(out_norm + place, (value * r[:, None] * scale[None, :]).to(out_norm.dtype.element_ty), mask=mask)
+        normed = (value * r[:, None] * scale[None, :]).to(out_norm.dtype.element_ty)
+        tl.store(out_norm + place, normed, mask=mask)
+        if ROUNDS:
+            largest = tl.maximum(largest, tl.max(tl.abs(normed.to(tl.float32)), 1))
+    if ROUNDS:
+        # Sixteen rows are too many for registers; they have just been written, and are read from the cache.
+        to_codes = row_scale(largest)
+        tl.store(codes_scale + rows, to_codes, mask=row_mask)
+        inverse = 1.0 / to_codes
+        tl.debug_barrier()
+        for start in range(0, D, BD):
+            columns = start + tl.arange(0, BD)
+            mask = row_mask[:, None] & (columns < D)[None, :]
+            place = rows[:, None] * D + columns[None, :]
+            value = tl.load(out_norm + place, mask=mask, other=0.0).to(tl.float32)
+            tl.store(codes + place, (value * inverse[:, None]).to(codes.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_PER_BATCH)
 def norm_grad_kernel(
-    dn, x, weight, r_in, d_sum, out, T,
-    D: tl.constexpr, HAS_SUM: tl.constexpr, BD: tl.constexpr,
+    dn, x, weight, r_in, d_sum, out, columns_scale, codes, codes_scale, T,
+    D: tl.constexpr, HAS_SUM: tl.constexpr, ROUNDS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     # One row a program, held in registers from its reading to its writing. The gradient's low-rank term is added
     # before: with it, rows would have to come in sixteens, for Triton's matrix product, and be read twice.
@@ -98,7 +124,14 @@ def norm_grad_kernel(
     dx = h * r - value * (tl.sum(h * value, 0) * r * r * r / D)
     if HAS_SUM:
         dx += tl.load(d_sum + row * D + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * D + columns, dx.to(out.dtype.element_ty), mask=mask)
+    stored = dx.to(out.dtype.element_ty)
+    tl.store(out + row * D + columns, stored, mask=mask)
+    if ROUNDS:
+        factor = tl.load(columns_scale + columns, mask=mask, other=0.0, eviction_policy="evict_last")
+        scaled = stored.to(tl.float32) * factor
+        scale = row_scale(tl.max(tl.abs(scaled), 0))
+        tl.store(codes_scale + row, scale)
+        tl.store(codes + row * D + columns, (scaled * (1.0 / scale)).to(codes.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_PER_BATCH)
@@ -135,8 +168,8 @@ def rotate_kernel(
 
 @triton.jit(do_not_specialize=_PER_BATCH)
 def rotate_back_kernel(
-    dq, dk, dv, cos, sin, out, T, num_heads, num_queries, num_kv, angle_stride,
-    HALF: tl.constexpr, HP: tl.constexpr, BT: tl.constexpr,
+    dq, dk, dv, cos, sin, columns_scale, out, largest_parts, T, num_heads, num_queries, num_kv, angle_stride,
+    HALF: tl.constexpr, HP: tl.constexpr, MEASURES: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     head = tl.program_id(1)
@@ -158,8 +191,17 @@ def rotate_back_kernel(
         second = second * c - first * s
         first = turned
     place = out + rows[:, None] * (num_heads * 2 * HALF) + head * 2 * HALF + channel[None, :]
-    tl.store(place, first.to(out.dtype.element_ty), mask=mask)
-    tl.store(place + HALF, second.to(out.dtype.element_ty), mask=mask)
+    first, second = first.to(out.dtype.element_ty), second.to(out.dtype.element_ty)
+    tl.store(place, first, mask=mask)
+    tl.store(place + HALF, second, mask=mask)
+    if MEASURES:  # each head leaves its rows' largest sizes, for whoever rounds them; see thin_kernels.py
+        factor = columns_scale + head * 2 * HALF + channel
+        first_factor = tl.load(factor, mask=channel < HALF, other=0.0)
+        second_factor = tl.load(factor + HALF, mask=channel < HALF, other=0.0)
+        first_sizes = tl.abs(first.to(tl.float32) * first_factor[None, :])
+        second_sizes = tl.abs(second.to(tl.float32) * second_factor[None, :])
+        largest = tl.max(tl.maximum(first_sizes, second_sizes), 1)
+        tl.store(largest_parts + head.to(tl.int64) * T + rows, largest, mask=rows < T)
 
 
 @triton.jit(do_not_specialize=_PER_BATCH)
@@ -237,7 +279,7 @@ def quantise_rows_kernel(
         for start in range(BLOCK, N, BLOCK):
             value = _scaled_columns(x, columns_scale, row, start + tl.arange(0, BLOCK), N, HAS_SCALE)
             largest = tl.maximum(largest, tl.max(tl.abs(value), 0))
-        scale = tl.where(largest > 1e-30, largest / 448.0, 1.0)  # what is less comes out as zero
+        scale = row_scale(largest)
         inverse = 1.0 / scale  # a division an element would take longer than the row's reading
         tl.store(out_scale + row, scale)
         tl.store(out + row * N + head_columns, (head * inverse).to(out.dtype.element_ty), mask=head_columns < N)

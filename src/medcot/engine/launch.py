@@ -15,8 +15,18 @@ import triton
 from torch import Tensor
 
 from medcot.engine import kernels
-from medcot.engine.terms import Term
-from medcot.engine.thin import padded, swiglu, swiglu_grad, thin_gradients
+from medcot.engine.terms import Rounded, Term
+from medcot.engine.thin import (
+    padded,
+    scale_rows,
+    swiglu,
+    swiglu_grad,
+    swiglu_grad_scaled,
+    swiglu_scaled,
+    thin_gradients,
+    thin_gradients_rounded,
+    thin_product_rounded,
+)
 
 # The row tile is Triton's least for a matrix product: the norms want many programs rather than large ones.
 NORM_ROWS, NORM_COLUMNS = 16, 256
@@ -26,14 +36,31 @@ QUANTISE_ROWS = 4  # that share one reading of the columns' factors
 ENTROPY_COLUMNS = 8192
 
 KEEPS_TERMS = True
-__all__ = ["KEEPS_TERMS", "add_norm", "cross_entropy_", "norm_grad", "quantise_rows", "rotate_", "rotate_back",
-           "swiglu", "swiglu_grad", "thin_gradients", "unpack_nf4"]  # fmt: skip
+__all__ = [
+    "KEEPS_TERMS", "add_norm", "add_norm_rounded", "cross_entropy_", "norm_grad", "norm_grad_rounded", "quantise_rows",
+    "rotate_", "rotate_back", "rotate_back_scaled", "swiglu", "swiglu_grad", "swiglu_grad_scaled", "swiglu_scaled",
+    "thin_gradients", "thin_gradients_rounded", "thin_product_rounded", "unpack_nf4",
+]  # fmt: skip
 
 
 def add_norm(
     x_TD: Tensor, y_TD: Tensor | None, term: Term | None, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``pointwise.add_norm``."""
+    return _add_norm(x_TD, y_TD, term, weight_D, eps, None)
+
+
+def add_norm_rounded(
+    x_TD: Tensor, y_TD: Tensor | None, term: Term | None, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Rounded]:
+    """As ``pointwise.add_norm_rounded``, in one kernel."""
+    rounded = _empty_rounded(x_TD)
+    return *_add_norm(x_TD, y_TD, term, weight_D, eps, rounded), rounded
+
+
+def _add_norm(
+    x_TD: Tensor, y_TD: Tensor | None, term: Term | None, weight_D: Tensor, eps: float, rounded: Rounded | None
+) -> tuple[Tensor, Tensor, Tensor]:
     x_TD = x_TD.contiguous()
     num_rows, width = x_TD.shape
     sum_TD = x_TD if y_TD is None else torch.empty_like(x_TD)
@@ -41,8 +68,8 @@ def add_norm(
     if num_rows:
         kernels.add_norm_kernel[(triton.cdiv(num_rows, NORM_ROWS),)](
             x_TD, x_TD if y_TD is None else y_TD, *_factor(term, x_TD), weight_D, sum_TD, normed_TD, r_T,
-            num_rows, term.rank if term else 0, eps,
-            D=width, HAS_Y=y_TD is not None, HAS_LOW=term is not None, RP=_padded(term),
+            *(rounded or (normed_TD, r_T)), num_rows, term.rank if term else 0, eps,
+            D=width, HAS_Y=y_TD is not None, HAS_LOW=term is not None, ROUNDS=rounded is not None, RP=_padded(term),
             BT=NORM_ROWS, BD=min(NORM_COLUMNS, triton.next_power_of_2(width)), num_warps=4, num_stages=2,
         )  # fmt: skip
     return sum_TD, normed_TD, r_T
@@ -52,14 +79,31 @@ def norm_grad(
     dn_TD: Tensor, term: Term | None, x_TD: Tensor, weight_D: Tensor, r_T: Tensor, d_sum_TD: Tensor | None
 ) -> Tensor:
     """As ``pointwise.norm_grad``."""
+    return _norm_grad(dn_TD, term, x_TD, weight_D, r_T, d_sum_TD, None, None)
+
+
+def norm_grad_rounded(
+    dn_TD: Tensor, term: Term | None, x_TD: Tensor, weight_D: Tensor, r_T: Tensor, d_sum_TD: Tensor | None,
+    columns_scale_D: Tensor,
+) -> tuple[Tensor, Rounded]:  # fmt: skip
+    """As ``pointwise.norm_grad_rounded``, in one kernel."""
+    rounded = _empty_rounded(x_TD)
+    return _norm_grad(dn_TD, term, x_TD, weight_D, r_T, d_sum_TD, columns_scale_D, rounded), rounded
+
+
+def _norm_grad(
+    dn_TD: Tensor, term: Term | None, x_TD: Tensor, weight_D: Tensor, r_T: Tensor, d_sum_TD: Tensor | None,
+    columns_scale_D: Tensor | None, rounded: Rounded | None,
+) -> Tensor:  # fmt: skip
     num_rows, width = x_TD.shape
     out_TD = torch.empty_like(x_TD)
     if term is not None:
         term.add_to(dn_TD)
     if num_rows:
         kernels.norm_grad_kernel[(num_rows,)](
-            dn_TD, x_TD, weight_D, r_T, out_TD if d_sum_TD is None else d_sum_TD, out_TD, num_rows,
-            D=width, HAS_SUM=d_sum_TD is not None, BD=triton.next_power_of_2(width),
+            dn_TD, x_TD, weight_D, r_T, out_TD if d_sum_TD is None else d_sum_TD, out_TD,
+            r_T if columns_scale_D is None else columns_scale_D, *(rounded or (out_TD, r_T)), num_rows,
+            D=width, HAS_SUM=d_sum_TD is not None, ROUNDS=rounded is not None, BD=triton.next_power_of_2(width),
             num_warps=4 if width <= 4096 else 8,
         )  # fmt: skip
     return out_TD
@@ -82,15 +126,34 @@ def rotate_(heads_TNC: Tensor, term: Term | None, cos_TC: Tensor, sin_TC: Tensor
 
 def rotate_back(dq_THC: Tensor, dk_TGC: Tensor, dv_TGC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
     """As ``pointwise.rotate_back``."""
+    return _rotate_back(dq_THC, dk_TGC, dv_TGC, cos_TC, sin_TC, None, None)
+
+
+def rotate_back_scaled(
+    dq_THC: Tensor, dk_TGC: Tensor, dv_TGC: Tensor, cos_TC: Tensor, sin_TC: Tensor, columns_scale_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As ``pointwise.rotate_back_scaled``."""
+    num_heads = dq_THC.shape[1] + 2 * dk_TGC.shape[1]
+    largest_NT = torch.empty(num_heads, len(dq_THC), dtype=torch.float32, device=dq_THC.device)
+    d_TNC = _rotate_back(dq_THC, dk_TGC, dv_TGC, cos_TC, sin_TC, columns_scale_N, largest_NT)
+    return d_TNC, scale_rows(largest_NT)
+
+
+def _rotate_back(
+    dq_THC: Tensor, dk_TGC: Tensor, dv_TGC: Tensor, cos_TC: Tensor, sin_TC: Tensor,
+    columns_scale_N: Tensor | None, largest_NT: Tensor | None,
+) -> Tensor:  # fmt: skip
     num_rows, num_queries, channels = dq_THC.shape
     num_kv = dk_TGC.shape[1]
     num_heads = num_queries + 2 * num_kv
     out_TNC = torch.empty(num_rows, num_heads, channels, dtype=dq_THC.dtype, device=dq_THC.device)
     half = channels // 2
     kernels.rotate_back_kernel[(triton.cdiv(num_rows, ROTARY_ROWS), num_heads)](
-        dq_THC.contiguous(), dk_TGC.contiguous(), dv_TGC.contiguous(), cos_TC, sin_TC, out_TNC,
+        dq_THC.contiguous(), dk_TGC.contiguous(), dv_TGC.contiguous(), cos_TC, sin_TC,
+        cos_TC if columns_scale_N is None else columns_scale_N, out_TNC, cos_TC if largest_NT is None else largest_NT,
         num_rows, num_heads, num_queries, num_kv, cos_TC.stride(0),
-        HALF=half, HP=max(16, triton.next_power_of_2(half)), BT=ROTARY_ROWS, num_warps=4,
+        HALF=half, HP=max(16, triton.next_power_of_2(half)), MEASURES=largest_NT is not None,
+        BT=ROTARY_ROWS, num_warps=4,
     )  # fmt: skip
     return out_TNC
 
@@ -127,27 +190,24 @@ def unpack_nf4(packed: Tensor, state: Any, out: Tensor) -> None:
     )  # fmt: skip
 
 
-def quantise_rows(x_TN: Tensor, columns_scale_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Round rows to float8 e4m3, each with its own scale.
-
-    Args:
-        x_TN: 16 or 32 bit.
-        columns_scale_N: float32 factors of the columns, applied first.
-
-    Returns:
-        The (T, N) float8, and the float32 scales (T, 1) that multiply it back.
-    """
+def quantise_rows(x_TN: Tensor, columns_scale_N: Tensor | None = None) -> Rounded:
+    """As ``pointwise.quantise_rows``."""
     num_rows, width = x_TN.shape
-    out_TN = torch.empty(num_rows, width, dtype=torch.float8_e4m3fn, device=x_TN.device)
-    scale_T1 = torch.empty(num_rows, 1, dtype=torch.float32, device=x_TN.device)
+    rounded = _empty_rounded(x_TN)
     rows = 1 if columns_scale_N is None else QUANTISE_ROWS
-    kernels.quantise_rows_kernel[(triton.cdiv(num_rows, rows),)](
-        x_TN.contiguous(), scale_T1 if columns_scale_N is None else columns_scale_N, out_TN, scale_T1, num_rows,
-        N=width, HAS_SCALE=columns_scale_N is not None, ROWS=rows,
-        BLOCK=min(QUANTISE_COLUMNS, triton.next_power_of_2(width)),
-        num_warps=4 if width <= 8192 else 8 if width <= 16384 else 16,
-    )  # fmt: skip
-    return out_TN, scale_T1
+    if num_rows:
+        kernels.quantise_rows_kernel[(triton.cdiv(num_rows, rows),)](
+            x_TN.contiguous(), rounded.scale_T1 if columns_scale_N is None else columns_scale_N, *rounded, num_rows,
+            N=width, HAS_SCALE=columns_scale_N is not None, ROWS=rows,
+            BLOCK=min(QUANTISE_COLUMNS, triton.next_power_of_2(width)),
+            num_warps=4 if width <= 8192 else 8 if width <= 16384 else 16,
+        )  # fmt: skip
+    return rounded
+
+
+def _empty_rounded(like_TN: Tensor) -> Rounded:
+    codes_TN = torch.empty(like_TN.shape, dtype=torch.float8_e4m3fn, device=like_TN.device)
+    return Rounded(codes_TN, torch.empty(len(like_TN), 1, dtype=torch.float32, device=like_TN.device))
 
 
 def _factor(term: Term | None, stand_in: Tensor) -> tuple[Tensor, Tensor]:

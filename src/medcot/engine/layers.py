@@ -27,11 +27,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from medcot.engine import rounding
 from medcot.engine.attention import Attended, Layout, attend
-from medcot.engine.frozen import Matrix, compute_dtype
+from medcot.engine.frozen import FrozenWeight, Matrix, compute_dtype
 from medcot.engine.lora import Pairs, Projection, base_of, plain_reason
 from medcot.engine.memory import Keep
-from medcot.engine.terms import Term
+from medcot.engine.rounding import Gradient
+from medcot.engine.terms import Rounded, Term
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,7 @@ class FastLayer:
     """
 
     def __init__(self, layer: Any, family: Family, window: int | None, dtype: torch.dtype) -> None:
-        self.layer = layer
-        self.family = family
-        self.window = window
+        self.layer, self.family, self.window = layer, family, window
         self.projections = [Projection(parts, dtype) for parts in _groups(layer)]
         self.qkv, self.out, self.gate_up, self.down = self.projections
         self.channels: int = self.layer.self_attn.head_dim
@@ -163,46 +163,59 @@ class FastLayer:
         Returns:
             The residual stream, this layer's output, its low-rank part, and what the backward pass needs.
         """
-        norms = self.layer.input_layernorm, self.layer.post_attention_layernorm
-        x_TD, normed_TD, r_T = step.ops.add_norm(x_TD, y_TD, term, norms[0].weight, norms[0].variance_epsilon)
-        trace = Trace(x_TD, r_T)
-        trace.attention, o_TD, o_term = self._attend(normed_TD, pairs, step)
-        trace.middle_TD, normed_TD, trace.r_middle_T = step.ops.add_norm(
-            x_TD, o_TD, o_term, norms[1].weight, norms[1].variance_epsilon
-        )
-        middle_TD = trace.middle_TD
+        trace, normed_TD, rounded = self._run_attention(x_TD, y_TD, term, pairs, step)
+        middle_TD = _there(trace.middle_TD)
         if step.keep.recomputes:
-            y_TD, term = self._run_mlp(normed_TD, pairs, step)
-            return middle_TD, y_TD, term, Trace(x_TD)
-        trace.mlp, product_TF = self._widen(normed_TD, pairs, step, self.gate_up.weight.open)
-        y_TD, trace.mlp.u_down_TR, term = self.down.project(product_TF, pairs.down, self.down.weight.open())
+            y_TD, term = self._run_mlp(normed_TD, rounded, pairs, step)
+            return middle_TD, y_TD, term, Trace(trace.x_TD)
+        trace.mlp, product = self._widen(normed_TD, rounded, pairs, step, self.gate_up.weight.open)
+        y_TD, trace.mlp.u_down_TR, term = self._narrow(product, pairs, step, self.down.weight.open)
         if step.keep is Keep.LEAN:
-            trace.attention.normed_TD = trace.mlp.normed_TD = None
+            _there(trace.attention).normed_TD = trace.mlp.normed_TD = None
         return middle_TD, y_TD, term, trace
 
     def backward(
-        self, trace: Trace, d_out_TD: Tensor, pairs: LayerPairs, step: Step, *, wants_dx: bool
-    ) -> tuple[Tensor | None, list[Gradients]]:
+        self, trace: Trace, d_out: Gradient, pairs: LayerPairs, step: Step, below: FastLayer | None, *, wants_dx: bool
+    ) -> tuple[Gradient | None, list[Gradients]]:
         """Return the gradient of the layer's input, and those of its adapters in the order of ``GROUPS``.
 
         Args:
             trace: what ``forward`` returned; it is taken apart on the way.
-            d_out_TD: gradient of residual stream and output together; it may be written over.
+            d_out: gradient of residual stream and output together; it may be written over.
             pairs: as in the forward.
             step: as in the forward.
+            below: the layer that takes the gradient next.
             wants_dx: false for the first layer, whose input is not trained.
         """
-        normed_TD = self._attend_again(trace, pairs, step) if step.keep.recomputes else None
-        d_middle_TD, mlp_gradients = self._mlp_backward(trace, normed_TD, d_out_TD, pairs, step)
-        del d_out_TD
-        dx_TD, attention_gradients = self._attention_backward(trace, d_middle_TD, pairs, step, wants_dx=wants_dx)
-        return dx_TD, attention_gradients + mlp_gradients
+        normed_TD = rounded = None
+        if step.keep.recomputes:
+            trace, normed_TD, rounded = self._run_attention(trace.x_TD, None, None, pairs, step)
+        d_middle, mlp_gradients = self._mlp_backward(trace, normed_TD, rounded, d_out, pairs, step)
+        del d_out, rounded
+        reader = below.down.weight if below is not None else None
+        dx, attention_gradients = self._attention_backward(trace, d_middle, pairs, step, reader, wants_dx=wants_dx)
+        return dx, attention_gradients + mlp_gradients
 
     # --- attention ---
 
-    def _attend(self, normed_TD: Tensor, pairs: LayerPairs, step: Step) -> tuple[AttentionTrace, Tensor, Term | None]:
+    def _run_attention(
+        self, x_TD: Tensor, y_TD: Tensor | None, term: Term | None, pairs: LayerPairs, step: Step
+    ) -> tuple[Trace, Tensor, Rounded | None]:
+        """The layer's first half, up to the second norm: its trace, that norm's output, and the output rounded."""
+        first, second = self.layer.input_layernorm, self.layer.post_attention_layernorm
+        x_TD, normed_TD, r_T, rounded = rounding.norm_for(self.qkv.weight, first, x_TD, y_TD, term, step.ops)
+        trace = Trace(x_TD, r_T)
+        trace.attention, o_TD, o_term = self._attend(normed_TD, rounded, pairs, step)
+        trace.middle_TD, normed_TD, trace.r_middle_T, rounded = rounding.norm_for(
+            self.gate_up.weight, second, x_TD, o_TD, o_term, step.ops
+        )
+        return trace, normed_TD, rounded
+
+    def _attend(
+        self, normed_TD: Tensor, rounded: Rounded | None, pairs: LayerPairs, step: Step
+    ) -> tuple[AttentionTrace, Tensor, Term | None]:
         """Project, rotate, attend and project back: the trace, the output and its low-rank part."""
-        raw_TN, u_TR, term = self.qkv.project(normed_TD, pairs.qkv, self.qkv.weight.open())
+        raw_TN, u_TR, term = self.qkv.project(normed_TD, pairs.qkv, rounding.prepare(self.qkv.weight.open(), rounded))
         heads_TNC = raw_TN.unflatten(-1, (self.num_heads, self.channels))
         r_heads = None
         if self.family.norms_heads:
@@ -217,43 +230,43 @@ class FastLayer:
         raw = raw_TN if self.family.norms_heads else None
         return AttentionTrace(normed_TD, u_TR, state, attended_TN, u_out_TR, raw, r_heads), o_TD, o_term
 
-    def _attend_again(self, trace: Trace, pairs: LayerPairs, step: Step) -> Tensor:
-        """Fill a trace that holds the layer's input alone, up to the second norm, whose output is returned."""
-        first, second = self.layer.input_layernorm, self.layer.post_attention_layernorm
-        _, normed_TD, trace.r_T = step.ops.add_norm(trace.x_TD, None, None, first.weight, first.variance_epsilon)
-        trace.attention, o_TD, term = self._attend(normed_TD, pairs, step)
-        trace.middle_TD, normed_TD, trace.r_middle_T = step.ops.add_norm(
-            trace.x_TD, o_TD, term, second.weight, second.variance_epsilon
-        )
-        return normed_TD
-
     def _attention_backward(
-        self, trace: Trace, d_middle_TD: Tensor, pairs: LayerPairs, step: Step, *, wants_dx: bool
-    ) -> tuple[Tensor | None, list[Gradients]]:
-        kept = _there(trace.attention)
+        self, trace: Trace, d_middle: Gradient, pairs: LayerPairs, step: Step, reader: FrozenWeight | None, *,
+        wants_dx: bool,
+    ) -> tuple[Gradient | None, list[Gradients]]:  # fmt: skip
+        kept, ops = _there(trace.attention), step.ops
         trace.attention = None
-        d_attended_TN = self.out.weight.open().multiply_back(d_middle_TD)
-        term, out_gradients = _adapter_gradients(pairs.out, d_middle_TD, kept.attended_TN, kept.u_out_TR, step)
+        d_middle_TD = d_middle.d_TD
+        d_attended_TN = rounding.prepare(self.out.weight.open(), d_middle.rounded).multiply_back(d_middle_TD)
+        del d_middle
+        term, out_gradients, _ = rounding.adapter_gradients(
+            pairs.out, d_middle_TD, kept.attended_TN, kept.u_out_TR, ops
+        )
         if term is not None:
             term.add_to(d_attended_TN)
         kept.attended_TN = kept.u_out_TR = None  # type: ignore[assignment]  # freed before the heads' gradients come
         d_heads = kept.state.gradients(d_attended_TN.unflatten(-1, (-1, self.channels)))
         del d_attended_TN
         kept.state = None  # type: ignore[assignment]
-        d_heads_TNC = step.ops.rotate_back(*d_heads, step.cos_TC, step.sin_TC)
+        last = wants_dx and not self.family.norms_heads  # else the rotation does not make what the product reads
+        thin = rounding.thin_back_reader(self.qkv.weight, pairs.qkv) if last else None
+        d_heads_TNC, scale_T1 = rounding.rotate_back_for(thin, d_heads, step.cos_TC, step.sin_TC, ops)
         del d_heads
         if self.family.norms_heads:
             d_heads_TNC = self._norm_heads_back(d_heads_TNC, kept, step)
         d_raw_TN = d_heads_TNC.flatten(1)
         norm = self.layer.input_layernorm
         if kept.normed_TD is None:
-            kept.normed_TD = step.ops.add_norm(trace.x_TD, None, None, norm.weight, norm.variance_epsilon)[1]
-        term, qkv_gradients = _adapter_gradients(pairs.qkv, d_raw_TN, kept.normed_TD, kept.u_TR, step)
+            kept.normed_TD = ops.add_norm(trace.x_TD, None, None, norm.weight, norm.variance_epsilon)[1]
+        term, qkv_gradients, rounded = rounding.adapter_gradients(
+            pairs.qkv, d_raw_TN, kept.normed_TD, kept.u_TR, ops, thin, scale_T1
+        )
         if not wants_dx:
             return None, [qkv_gradients, out_gradients]
-        d_normed_TD = self.qkv.weight.open().multiply_back(d_raw_TN)
-        dx_TD = step.ops.norm_grad(d_normed_TD, term, trace.x_TD, norm.weight, trace.r_T, d_middle_TD)
-        return dx_TD, [qkv_gradients, out_gradients]
+        d_normed_TD = rounding.prepare(self.qkv.weight.open(), rounded).multiply_back(d_raw_TN)
+        r_T = _there(trace.r_T)
+        dx = rounding.norm_grad_for(reader, d_normed_TD, term, trace.x_TD, norm.weight, r_T, d_middle_TD, ops)
+        return dx, [qkv_gradients, out_gradients]
 
     def _norm_heads(self, heads_TNC: Tensor, step: Step) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Norm each query and key head; the fused buffer anew, and the two norms' r."""
@@ -284,40 +297,56 @@ class FastLayer:
     def _open_mlp(self, step: Step) -> tuple[Opened, Opened]:
         """The weights of gate and up and of down, open for as long as these are held, or for a product each."""
         wide, narrow = self.gate_up.weight, self.down.weight
-        return (wide.open, narrow.open) if step.one_weight else (_always(wide.open()), _always(narrow.open()))
+        if step.one_weight:
+            return wide.open, narrow.open
+        matrices = wide.open(), narrow.open()
+        return lambda: matrices[0], lambda: matrices[1]
 
-    def _widen(self, normed_TD: Tensor, pairs: LayerPairs, step: Step, wide: Opened) -> tuple[MlpTrace, Tensor]:
-        """Gate and up, and their product, which nobody keeps: its one later use is in the down projection's dA."""
-        gate_up_TN, u_TR, term = self.gate_up.project(normed_TD, pairs.gate_up, wide())
-        return MlpTrace(normed_TD, gate_up_TN, u_TR), step.ops.swiglu(gate_up_TN, term)
+    def _widen(
+        self, normed_TD: Tensor, rounded: Rounded | None, pairs: LayerPairs, step: Step, wide: Opened
+    ) -> tuple[MlpTrace, tuple[Tensor, Tensor | None]]:
+        """Gate and up, and their product with its rows' scales; nobody keeps it: its one later use is in down's dA."""
+        gate_up_TN, u_TR, term = self.gate_up.project(normed_TD, pairs.gate_up, rounding.prepare(wide(), rounded))
+        reader = rounding.thin_reader(self.down.weight, pairs.down)
+        return MlpTrace(normed_TD, gate_up_TN, u_TR), rounding.swiglu_for(reader, gate_up_TN, term, step.ops)
 
-    def _widen_again(self, normed_TD: Tensor, pairs: LayerPairs, step: Step, wide: Opened) -> MlpTrace:
+    def _narrow(
+        self, product: tuple[Tensor, Tensor | None], pairs: LayerPairs, step: Step, narrow: Opened
+    ) -> tuple[Tensor, Tensor | None, Term | None]:
+        """Down: the output, u, and the low-rank part that the output lacks."""
+        return rounding.project_for(self.down, *product, pairs.down, narrow(), step.ops)
+
+    def _widen_again(
+        self, normed_TD: Tensor, rounded: Rounded | None, pairs: LayerPairs, step: Step, wide: Opened
+    ) -> MlpTrace:
         """The trace of a forward that kept none."""
-        mlp, product_TF = self._widen(normed_TD, pairs, step, wide)
+        mlp, (product_TF, _) = self._widen(normed_TD, rounded, pairs, step, wide)
         if pairs.down:
             mlp.u_down_TR = product_TF @ pairs.down.A_RD.T
         return mlp
 
-    def _run_mlp(self, normed_TD: Tensor, pairs: LayerPairs, step: Step) -> tuple[Tensor, Term | None]:
+    def _run_mlp(
+        self, normed_TD: Tensor, rounded: Rounded | None, pairs: LayerPairs, step: Step
+    ) -> tuple[Tensor, Term | None]:
         """The MLP's output, nothing kept, by tiles where the step says so."""
         wide, narrow = self._open_mlp(step)
         tiles = _tiles(len(normed_TD), step)
         if len(tiles) == 1:
-            _, product_TF = self._widen(normed_TD, pairs, step, wide)
-            y_TD, _, term = self.down.project(product_TF, pairs.down, narrow())
+            y_TD, _, term = self._narrow(self._widen(normed_TD, rounded, pairs, step, wide)[1], pairs, step, narrow)
             return y_TD, term
         y_TD = torch.empty_like(normed_TD)
         for rows in tiles:
-            _, product_TF = self._widen(normed_TD[rows], pairs, step, wide)
-            part_TD, _, term = self.down.project(product_TF, pairs.down, narrow())
+            _, product = self._widen(normed_TD[rows], rounding.rows_of(rounded, rows), pairs, step, wide)
+            part_TD, _, term = self._narrow(product, pairs, step, narrow)
             if term is not None:
                 term.add_to(part_TD)
             y_TD[rows] = part_TD
         return y_TD, None
 
     def _mlp_backward(
-        self, trace: Trace, normed_TD: Tensor | None, d_out_TD: Tensor, pairs: LayerPairs, step: Step
-    ) -> tuple[Tensor, list[Gradients]]:
+        self, trace: Trace, normed_TD: Tensor | None, rounded: Rounded | None, d_out: Gradient, pairs: LayerPairs,
+        step: Step,
+    ) -> tuple[Gradient, list[Gradients]]:  # fmt: skip
         """Gradient of the residual stream between the two halves; by tiles, each computed again, where asked to."""
         wide, narrow = self._open_mlp(step)
         middle_TD, r_T = _there(trace.middle_TD), _there(trace.r_middle_T)
@@ -326,63 +355,57 @@ class FastLayer:
         if trace.mlp is not None or len(tiles) == 1:
             mlp, trace.mlp = trace.mlp, None
             if mlp is None:
-                mlp = self._widen_again(_there(normed_TD), pairs, step, wide)
-            return self._mlp_part_backward(mlp, middle_TD, r_T, d_out_TD, pairs, step, wide, narrow)
-        del normed_TD  # each tile makes its own
+                mlp = self._widen_again(_there(normed_TD), rounded, pairs, step, wide)
+            del rounded
+            return self._mlp_part_backward(mlp, middle_TD, r_T, d_out, pairs, step, wide, narrow)
+        del normed_TD, rounded  # each tile makes its own
         total: list[Gradients] = []  # in float32: a sum of dozens of 16-bit parts would lose their last bits
         for rows in tiles:
-            d_TD, gradients = self._mlp_part_backward(
-                None, middle_TD[rows], r_T[rows], d_out_TD[rows], pairs, step, wide, narrow
+            d_part, gradients = self._mlp_part_backward(
+                None, middle_TD[rows], r_T[rows], d_out.rows(rows), pairs, step, wide, narrow
             )
-            d_out_TD[rows] = d_TD  # these rows' own gradient has been read for the last time
+            d_out.d_TD[rows] = d_part.d_TD  # these rows' own gradient has been read for the last time
             if not total:
                 total = [[g.float() for g in own] for own in gradients]
                 continue
             for sums, new in zip(total, gradients, strict=True):
                 if sums:
                     torch._foreach_add_(sums, [g.float() for g in new])
-        return d_out_TD, total
+        return Gradient(d_out.d_TD, None), total
 
     def _mlp_part_backward(
-        self, mlp: MlpTrace | None, middle_TD: Tensor, r_T: Tensor, d_out_TD: Tensor, pairs: LayerPairs, step: Step,
+        self, mlp: MlpTrace | None, middle_TD: Tensor, r_T: Tensor, d_out: Gradient, pairs: LayerPairs, step: Step,
         wide: Opened, narrow: Opened,
-    ) -> tuple[Tensor, list[Gradients]]:  # fmt: skip
-        norm = self.layer.post_attention_layernorm
-        if mlp is None or mlp.normed_TD is None:
-            normed_TD = step.ops.add_norm(middle_TD, None, None, norm.weight, norm.variance_epsilon)[1]
-            mlp = mlp or self._widen_again(normed_TD, pairs, step, wide)
-            mlp.normed_TD = normed_TD
-        dh_TF = narrow().multiply_back(d_out_TD)
+    ) -> tuple[Gradient, list[Gradients]]:  # fmt: skip
+        norm, d_out_TD, ops = self.layer.post_attention_layernorm, d_out.d_TD, step.ops
+        if mlp is None:
+            _, normed_TD, _, rounded = rounding.norm_for(self.gate_up.weight, norm, middle_TD, None, None, ops)
+            mlp = self._widen_again(normed_TD, rounded, pairs, step, wide)
+        elif mlp.normed_TD is None:
+            mlp.normed_TD = ops.add_norm(middle_TD, None, None, norm.weight, norm.variance_epsilon)[1]
+        dh_TF = rounding.prepare(narrow(), d_out.rounded).multiply_back(d_out_TD)
+        del d_out
         down_term: Term | None = None
         dBs: list[Tensor] = []
         if pairs.down:
-            du_TR, dBs = pairs.down.thin_gradients(d_out_TD, _there(mlp.u_down_TR), step.ops)
+            du_TR, dBs = pairs.down.thin_gradients(d_out_TD, _there(mlp.u_down_TR), ops)
             down_term = Term(du_TR, pairs.down.A_RD)
-        kept_term = pairs.gate_up.term(_there(mlp.u_TR)) if pairs.gate_up and step.ops.KEEPS_TERMS else None
-        d_gate_up_TN, dA_RF = step.ops.swiglu_grad(dh_TF, down_term, mlp.gate_up_TN, kept_term)
+        kept_term = pairs.gate_up.term(_there(mlp.u_TR)) if pairs.gate_up and ops.KEEPS_TERMS else None
+        thin = rounding.thin_back_reader(self.gate_up.weight, pairs.gate_up)
+        d_gate_up_TN, dA_RF, scale_T1 = rounding.swiglu_grad_for(thin, dh_TF, down_term, mlp.gate_up_TN, kept_term, ops)
         del dh_TF
         down_gradients = pairs.down.in_order(_there(dA_RF), dBs) if pairs.down else []
-        normed_TD, u_TR = mlp.normed_TD, mlp.u_TR
+        kept_TD, u_TR = mlp.normed_TD, mlp.u_TR
         del mlp
-        d_normed_TD = wide().multiply_back(d_gate_up_TN)
-        term, gate_up_gradients = _adapter_gradients(pairs.gate_up, d_gate_up_TN, normed_TD, u_TR, step)
-        del d_gate_up_TN
-        d_TD = step.ops.norm_grad(d_normed_TD, term, middle_TD, norm.weight, r_T, d_out_TD)
-        return d_TD, [gate_up_gradients, down_gradients]
-
-
-def _adapter_gradients(
-    pairs: Pairs | None, dy_TN: Tensor, x_TD: Tensor | None, u_TR: Tensor | None, step: Step
-) -> tuple[Term | None, Gradients]:
-    """The low-rank term that a group's dx lacks, and its adapters' gradients; nothing where no adapter is on."""
-    if pairs is None:
-        return None, []
-    du_TR, dBs = pairs.thin_gradients(dy_TN, _there(u_TR), step.ops)
-    return Term(du_TR, pairs.A_RD), pairs.in_order(du_TR.T @ _there(x_TD), dBs)
-
-
-def _always(matrix: Matrix) -> Opened:
-    return lambda: matrix
+        term, gate_up_gradients, rounded = rounding.adapter_gradients(
+            pairs.gate_up, d_gate_up_TN, kept_TD, u_TR, ops, thin, scale_T1
+        )
+        d_normed_TD = rounding.prepare(wide(), rounded).multiply_back(d_gate_up_TN)
+        del d_gate_up_TN, rounded
+        d_middle = rounding.norm_grad_for(
+            self.out.weight, d_normed_TD, term, middle_TD, norm.weight, r_T, d_out_TD, ops
+        )
+        return d_middle, [gate_up_gradients, down_gradients]
 
 
 def _tiles(num_tokens: int, step: Step) -> list[slice]:

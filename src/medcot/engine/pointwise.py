@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medcot.engine.terms import Term
+from medcot.engine.terms import Rounded, Term
 
 
 def add_norm(
@@ -44,6 +44,14 @@ def add_norm(
     mean_square_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True, dtype=torch.float32).square_()
     r_T1 = mean_square_T1.div_(x_TD.shape[-1]).add_(eps).rsqrt_()
     return x_TD, (x_TD * r_T1).to(x_TD.dtype).mul_(weight_D), r_T1[..., 0]
+
+
+def add_norm_rounded(
+    x_TD: Tensor, y_TD: Tensor | None, term: Term | None, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Rounded]:
+    """As ``add_norm``, and the normed rounded to 8 bit as ``quantise_rows`` does it."""
+    sum_TD, normed_TD, r_T = add_norm(x_TD, y_TD, term, weight_D, eps)
+    return sum_TD, normed_TD, r_T, quantise_rows(normed_TD)
 
 
 def norm_grad(
@@ -71,6 +79,37 @@ def norm_grad(
     return (dx_TD if d_sum_TD is None else dx_TD.add_(d_sum_TD)).to(x_TD.dtype)
 
 
+def norm_grad_rounded(
+    dn_TD: Tensor, term: Term | None, x_TD: Tensor, weight_D: Tensor, r_T: Tensor, d_sum_TD: Tensor | None,
+    columns_scale_D: Tensor,
+) -> tuple[Tensor, Rounded]:  # fmt: skip
+    """As ``norm_grad``, and the gradient rounded to 8 bit as ``quantise_rows`` does it, with factors of its columns."""
+    dx_TD = norm_grad(dn_TD, term, x_TD, weight_D, r_T, d_sum_TD)
+    return dx_TD, quantise_rows(dx_TD, columns_scale_D)
+
+
+def quantise_rows(x_TN: Tensor, columns_scale_N: Tensor | None = None) -> Rounded:
+    """Round rows to float8 e4m3, each with its own scale: its largest size becomes e4m3's largest number, 448.
+
+    Args:
+        x_TN: 16 or 32 bit.
+        columns_scale_N: float32 factors of the columns, applied first.
+    """
+    return _round(x_TN, columns_scale_N, _row_scale(x_TN, columns_scale_N))
+
+
+def _row_scale(x_TN: Tensor, columns_scale_N: Tensor | None) -> Tensor:
+    """Each row's scale, (T, 1)."""
+    value_TN = x_TN.float() if columns_scale_N is None else x_TN.float() * columns_scale_N
+    largest_T1 = value_TN.abs().amax(1, keepdim=True)
+    return torch.where(largest_T1 > 1e-30, largest_T1 / 448, 1.0)
+
+
+def _round(x_TN: Tensor, columns_scale_N: Tensor | None, scale_T1: Tensor) -> Rounded:
+    value_TN = x_TN.float() if columns_scale_N is None else x_TN.float() * columns_scale_N
+    return Rounded((value_TN * (1 / scale_T1)).to(torch.float8_e4m3fn), scale_T1)
+
+
 def rotate_(heads_TNC: Tensor, term: Term | None, cos_TC: Tensor, sin_TC: Tensor, num_kv: int) -> Tensor:
     """Rotate the query and key heads of a fused (T, H + 2G, C) buffer in place; return it."""
     if term is not None:
@@ -84,6 +123,14 @@ def rotate_back(dq_THC: Tensor, dk_TGC: Tensor, dv_TGC: Tensor, cos_TC: Tensor, 
     d_heads_TNC = torch.cat((dq_THC, dk_TGC, dv_TGC), 1)
     _turn(d_heads_TNC[:, : -dv_TGC.shape[1]], cos_TC, -sin_TC)
     return d_heads_TNC
+
+
+def rotate_back_scaled(
+    dq_THC: Tensor, dk_TGC: Tensor, dv_TGC: Tensor, cos_TC: Tensor, sin_TC: Tensor, columns_scale_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As ``rotate_back``, and the scales (T, 1) with which ``quantise_rows`` would round it."""
+    d_heads_TNC = rotate_back(dq_THC, dk_TGC, dv_TGC, cos_TC, sin_TC)
+    return d_heads_TNC, _row_scale(d_heads_TNC.flatten(1), columns_scale_N)
 
 
 def _turn(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> None:
@@ -153,6 +200,32 @@ def thin_gradients(dy_TN: Tensor, u_TR: Tensor, B_Nr: Tensor, widths: Sequence[i
         torch.mm(dy, B, out=du)
         torch.mm(dy.T, u, out=dB)
     return du_TR, dB_Nr
+
+
+def swiglu_scaled(gate_up_TN: Tensor, term: Term | None) -> tuple[Tensor, Tensor]:
+    """As ``swiglu``, and the scales (T, 1) with which ``quantise_rows`` would round it."""
+    h_TF = swiglu(gate_up_TN, term)
+    return h_TF, _row_scale(h_TF, None)
+
+
+def swiglu_grad_scaled(
+    dh_TF: Tensor, down_term: Term | None, gate_up_TN: Tensor, term: Term | None, columns_scale_N: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """As ``swiglu_grad``, and the scales (T, 1) with which ``quantise_rows`` would round the first."""
+    d_TN, dA = swiglu_grad(dh_TF, down_term, gate_up_TN, term)
+    return d_TN, dA, _row_scale(d_TN, columns_scale_N)
+
+
+def thin_product_rounded(x_TN: Tensor, A_rN: Tensor, scale_T1: Tensor) -> tuple[Tensor, Rounded]:
+    """``x Aᵀ``, and x rounded to 8 bit with the given scales."""
+    return x_TN @ A_rN.T, _round(x_TN, None, scale_T1)
+
+
+def thin_gradients_rounded(
+    dy_TN: Tensor, u_TR: Tensor, B_Nr: Tensor, widths: Sequence[int], columns_scale_N: Tensor, scale_T1: Tensor
+) -> tuple[Tensor, Tensor, Rounded]:
+    """As ``thin_gradients``, and the gradient of the outputs rounded to 8 bit with the given factors and scales."""
+    return *thin_gradients(dy_TN, u_TR, B_Nr, widths), _round(dy_TN, columns_scale_N, scale_T1)
 
 
 # Whether ``swiglu`` leaves gate_up_TN as it was, so that its term must be given to ``swiglu_grad`` again.

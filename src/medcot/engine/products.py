@@ -150,7 +150,7 @@ def unpack_scales(state: Any) -> Tensor:
 
 def keep_what_fits(products: Iterable[Product], device: torch.device, reserve_bytes: int) -> None:
     """Make weights dense for the time of decoding, group by group, while memory lasts; ``reserve_bytes`` stay free."""
-    budget = _free_bytes(device) - RESERVE_BYTES - reserve_bytes
+    budget = free_bytes(device) - RESERVE_BYTES - reserve_bytes
     for product in products:
         budget -= product.dense_bytes
         if budget < 0:
@@ -159,7 +159,7 @@ def keep_what_fits(products: Iterable[Product], device: torch.device, reserve_by
             product.keep_dense()
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Bytes that PyTorch's allocator could still hand out, its own limit considered."""
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)

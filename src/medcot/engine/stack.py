@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from medcot.engine.layers import FastLayer, LayerPairs, Step, Trace
+from medcot.engine.rounding import Gradient, norm_grad_for
 
 
 class DecoderStack(torch.autograd.Function):
@@ -77,18 +78,21 @@ class DecoderStack(torch.autograd.Function):
         traces, (sum_TD, r_T) = ctx.traces, ctx.last
         ctx.traces = ctx.last = None
         step, host = ctx.step, ctx.host
-        d_TD: Tensor | None = step.ops.norm_grad(d_normed_TD.contiguous(), None, sum_TD, ctx.norm.weight, r_T, None)
+        d: Gradient | None = norm_grad_for(
+            ctx.layers[-1].down.weight, d_normed_TD.contiguous(), None, sum_TD, ctx.norm.weight, r_T, None, step.ops
+        )
         del sum_TD, d_normed_TD
         gradients = GradientBlock(ctx.adapters)
         for index in reversed(range(len(ctx.layers))):
             trace = traces.pop()
             if host is not None:
                 trace.x_TD = host.take(index, ctx.forward_number)
-            assert d_TD is not None
+            assert d is not None
             wants_dx = index > 0 or ctx.needs_input_grad[0]
-            d_TD, own = ctx.layers[index].backward(trace, d_TD, ctx.pairs[index], step, wants_dx=wants_dx)
+            below = ctx.layers[index - 1] if index > 0 else None
+            d, own = ctx.layers[index].backward(trace, d, ctx.pairs[index], step, below, wants_dx=wants_dx)
             gradients.put([g for group in own for g in group], ctx.pairs[index])
-        return d_TD, None, None, None, None, None, *gradients.parts
+        return None if d is None else d.d_TD, None, None, None, None, None, *gradients.parts
 
 
 class GradientBlock:

@@ -71,21 +71,24 @@ class Rows:
         ids_B: int64, the token each row reads next.
         lengths_B: int32, tokens in its cache.
         steps_B: int32, tokens it has been given.
-        numbers_B: int32, which row of the batch it was at the start.
     """
 
     ids_B: Tensor
     lengths_B: Tensor
     steps_B: Tensor
-    numbers_B: Tensor
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All four."""
-        return self.ids_B, self.lengths_B, self.steps_B, self.numbers_B
+        """All three."""
+        return self.ids_B, self.lengths_B, self.steps_B
 
     def select(self, rows: Tensor) -> Rows:
         """These rows only."""
         return Rows(*(tensor[rows] for tensor in self.tensors()))
+
+    def put(self, places: Tensor, rows: Rows) -> None:
+        """Take over other rows at these places, in these very tensors: a recorded graph knows no others."""
+        for mine, theirs in zip(self.tensors(), rows.tensors(), strict=True):
+            mine.index_copy_(0, places, theirs)
 
 
 def add_norm(
@@ -176,27 +179,30 @@ def choose_splits(num_programs: int, slots: int) -> int:
     return 2 ** max(0, math.ceil(math.log2(useful)))
 
 
-def sample(logits_BV: Tensor, rows: Rows, chances_TB: Tensor, temperature: float, top_p: float) -> None:
+def sample(logits_BV: Tensor, rows: Rows, chances_BT: Tensor, last: int, temperature: float, top_p: float) -> None:
     """Pick each row's next token and move the row on.
 
     The token is the likeliest at temperature 0. Else it is the first, in the order of ids, at which the sum of the
     nucleus's probabilities passes the row's chance at this step; the nucleus is the smallest set of likeliest tokens
     that reaches ``top_p``, the first of equals.
 
+    A row that has ended may be stepped on: it stays at the last place of its cache, and at its last chance.
+
     Args:
         logits_BV: 16 bit, contiguous.
         rows: their state, changed in place.
-        chances_TB: float32 in [0, 1), by step and by the row's number.
+        chances_BT: float32 in [0, 1), contiguous, of each row by its step.
+        last: the last place of a row's cache.
         temperature: 0 for greedy.
         top_p: 1 for all tokens.
     """
     num_rows, vocabulary = logits_BV.shape
-    assert logits_BV.dtype.itemsize == 2 and logits_BV.is_contiguous()
+    assert logits_BV.dtype.itemsize == 2 and logits_BV.is_contiguous() and chances_BT.is_contiguous()
     greedy, whole = temperature == 0, top_p >= 1
     margin = 0.0 if greedy or whole else temperature * (math.log(vocabulary) - math.log1p(-top_p))
     kernels.sample_kernel[(num_rows,)](
-        logits_BV.view(torch.int16), vocabulary, chances_TB, chances_TB.shape[1], rows.numbers_B, rows.steps_B,
-        rows.lengths_B, rows.ids_B, 0.0 if greedy else 1 / temperature, float(top_p), margin,
+        logits_BV.view(torch.int16), vocabulary, chances_BT, chances_BT.shape[1], rows.steps_B, rows.lengths_B,
+        rows.ids_B, last, 0.0 if greedy else 1 / temperature, float(top_p), margin,
         BLOCK=min(SAMPLE_BLOCK, triton.next_power_of_2(vocabulary)), IS_BF16=logits_BV.dtype == torch.bfloat16,
         GREEDY=greedy, WHOLE_VOCABULARY=whole, num_warps=16,
     )  # fmt: skip

@@ -1,10 +1,18 @@
-"""A low-rank product on its way to the tensor that it belongs to; see ``lora.py``."""
+"""What travels beside a tensor: a low-rank product on its way to it (``lora.py``), its rounding to 8 bit."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
+
+
+class Rounded(NamedTuple):
+    """Rows in float8 e4m3, and the float32 scales (T, 1) that multiply them back."""
+
+    codes_TN: Tensor
+    scale_T1: Tensor
 
 
 @dataclass(frozen=True)

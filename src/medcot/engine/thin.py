@@ -12,15 +12,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from medcot.engine import thin_kernels
-from medcot.engine.terms import Term
+from medcot.engine.terms import Rounded, Term
 
 SUM_BLOCK, SUM_AT_ONCE = 512, 8
+SCALE_ROWS = 64  # of a program that makes rows' scales
 MAX_PARTS = 3
 START_TILES = 2  # what a program's start costs, in tiles
 MULTIPROCESSORS = 132  # of an H200; another card's number costs balance, not correctness
@@ -78,6 +80,54 @@ def thin_gradients(
         widths: Nᵢ, three at most.
         tiles: ``None`` for those that bench/gpu_thin.py found best.
     """
+    return _thin_gradients(dy_TN, u_TR, B_Nr, widths, None, None, tiles)
+
+
+def thin_gradients_rounded(
+    dy_TN: Tensor, u_TR: Tensor, B_Nr: Tensor, widths: Sequence[int], columns_scale_N: Tensor, scale_T1: Tensor,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor, Rounded]:  # fmt: skip
+    """As ``pointwise.thin_gradients_rounded``, from one pass over ``dy_TN``."""
+    rounded = Rounded(torch.empty(dy_TN.shape, dtype=torch.float8_e4m3fn, device=dy_TN.device), scale_T1)
+    return *_thin_gradients(dy_TN, u_TR, B_Nr, widths, columns_scale_N, rounded, tiles), rounded
+
+
+def thin_product_rounded(
+    x_TN: Tensor, A_rN: Tensor, scale_T1: Tensor, tiles: Tiles | None = None
+) -> tuple[Tensor, Rounded]:
+    """As ``pointwise.thin_product_rounded``, from one pass over ``x_TN``."""
+    (num_rows, width), rank = x_TN.shape, len(A_rN)
+    assert x_TN.is_contiguous() and A_rN.is_contiguous(), "the kernel knows no strides"
+    rounded = Rounded(torch.empty(x_TN.shape, dtype=torch.float8_e4m3fn, device=x_TN.device), scale_T1)
+    if not num_rows:
+        return x_TN.new_empty(0, rank), rounded
+    tiles = tiles or _thin_tiles(x_TN.dtype, rank)
+    num_blocks = triton.cdiv(width, tiles.columns)
+    rows_of_range, ranges = tiles.cut(num_rows, num_blocks)
+    u_parts = _floats(x_TN, num_blocks, num_rows, rank)
+    thin_kernels.thin_product_kernel[(num_blocks, ranges)](
+        x_TN, A_rN, scale_T1, u_parts, rounded.codes_TN, num_rows, rows_of_range, width, rank,
+        RP=padded(rank), BT=tiles.rows, BN=tiles.columns, STAGES=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return sum_parts(u_parts, None, [num_blocks], x_TN.dtype)[0], rounded
+
+
+def scale_rows(parts_PT: Tensor) -> Tensor:
+    """Each row's scale, (T, 1), from the largest sizes of its parts."""
+    num_parts, num_rows = parts_PT.shape
+    scale_T1 = _floats(parts_PT, num_rows, 1)
+    if num_rows:
+        thin_kernels.row_scale_kernel[(triton.cdiv(num_rows, SCALE_ROWS),)](
+            parts_PT, scale_T1, num_rows, num_parts, AT_ONCE=SUM_AT_ONCE, BT=SCALE_ROWS, num_warps=2
+        )
+    return scale_T1
+
+
+def _thin_gradients(
+    dy_TN: Tensor, u_TR: Tensor, B_Nr: Tensor, widths: Sequence[int], columns_scale_N: Tensor | None,
+    rounded: Rounded | None, tiles: Tiles | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     (num_rows, width), rank = dy_TN.shape, B_Nr.shape[1]
     assert 1 <= len(widths) <= MAX_PARTS and sum(widths) == width == len(B_Nr), "the parts make up the group"
     assert u_TR.shape == (num_rows, rank * len(widths)), "the ranks of the parts are equal"
@@ -91,47 +141,84 @@ def thin_gradients(
     du_parts = _floats(dy_TN, sum(blocks), num_rows, rank)
     dB_parts = _floats(dy_TN, ranges, width, rank)
     thin_kernels.thin_gradients_kernel[(sum(blocks), ranges)](
-        dy_TN, u_TR, B_Nr, du_parts, dB_parts, num_rows, rows_of_range, width, *_first_two(widths), rank,
-        u_TR.shape[1], RP=padded(rank), BT=tiles.rows, BN=tiles.columns, STAGES=tiles.stages,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        dy_TN, u_TR, B_Nr, du_parts if columns_scale_N is None else columns_scale_N,
+        du_parts if rounded is None else rounded.scale_T1, du_parts, dB_parts,
+        dy_TN if rounded is None else rounded.codes_TN, num_rows, rows_of_range, width, *_first_two(widths), rank,
+        u_TR.shape[1], ROUNDS=rounded is not None, RP=padded(rank), BT=tiles.rows, BN=tiles.columns,
+        STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return sum_parts(du_parts, dB_parts, blocks, dy_TN.dtype)
 
 
 def swiglu(gate_up_TN: Tensor, term: Term | None = None, tiles: Tiles | None = None) -> Tensor:
     """As ``pointwise.swiglu``, but ``gate_up_TN``, which must be contiguous, stays as it was."""
+    return _swiglu(gate_up_TN, term, tiles, None)[0]
+
+
+def swiglu_scaled(gate_up_TN: Tensor, term: Term | None, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
+    """As ``pointwise.swiglu_scaled``."""
+    tiles = tiles or _swiglu_tiles(gate_up_TN.dtype, resident=3)
+    blocks = triton.cdiv(gate_up_TN.shape[1] // 2, tiles.columns)
+    h_TF, parts_PT = _swiglu(gate_up_TN, term, tiles, _floats(gate_up_TN, blocks, len(gate_up_TN)))
+    return h_TF, scale_rows(parts_PT)
+
+
+def _swiglu(
+    gate_up_TN: Tensor, term: Term | None, tiles: Tiles | None, largest_PT: Tensor | None
+) -> tuple[Tensor, Any]:
     num_rows, width = gate_up_TN.shape[0], gate_up_TN.shape[1] // 2
     assert gate_up_TN.is_contiguous(), "the kernel knows no strides"
     h_TF = torch.empty(num_rows, width, dtype=gate_up_TN.dtype, device=gate_up_TN.device)
     if not num_rows:
-        return h_TF
+        return h_TF, largest_PT
     tiles = tiles or _swiglu_tiles(gate_up_TN.dtype, resident=3)
     num_blocks = triton.cdiv(width, tiles.columns)
     rows_of_range, ranges = tiles.cut(num_rows, num_blocks)
     thin_kernels.swiglu_kernel[(num_blocks, ranges)](
-        gate_up_TN, *_factor(term, gate_up_TN), h_TF, num_rows, rows_of_range, width, term.rank if term else 0,
-        HAS_LOW=term is not None, RP=padded(term.rank if term else 0), BT=tiles.rows, BN=tiles.columns,
-        STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
+        gate_up_TN, *_factor(term, gate_up_TN), h_TF, h_TF if largest_PT is None else largest_PT,
+        num_rows, rows_of_range, width, term.rank if term else 0,
+        HAS_LOW=term is not None, MEASURES=largest_PT is not None, RP=padded(term.rank if term else 0),
+        BT=tiles.rows, BN=tiles.columns, STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    return h_TF
+    return h_TF, largest_PT
 
 
 def swiglu_grad(
     dh_TF: Tensor, down_term: Term | None, gate_up_TN: Tensor, term: Term | None, tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """As ``pointwise.swiglu_grad``, with the term that ``swiglu`` was given; dA is a transposed view."""
+    tiles = tiles or _swiglu_tiles(dh_TF.dtype, resident=2)
+    return _swiglu_grad(dh_TF, down_term, gate_up_TN, term, None, None, tiles)
+
+
+def swiglu_grad_scaled(
+    dh_TF: Tensor, down_term: Term | None, gate_up_TN: Tensor, term: Term | None, columns_scale_N: Tensor,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """As ``pointwise.swiglu_grad_scaled``."""
+    tiles = tiles or _swiglu_tiles(dh_TF.dtype, resident=2)
+    largest_PT = _floats(dh_TF, triton.cdiv(dh_TF.shape[1], tiles.columns), len(dh_TF))
+    d_TN, dA = _swiglu_grad(dh_TF, down_term, gate_up_TN, term, columns_scale_N, largest_PT, tiles)
+    return d_TN, dA, scale_rows(largest_PT)
+
+
+def _swiglu_grad(
+    dh_TF: Tensor, down_term: Term | None, gate_up_TN: Tensor, term: Term | None, columns_scale_N: Tensor | None,
+    largest_PT: Tensor | None, tiles: Tiles,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     (num_rows, width), rank = dh_TF.shape, term.rank if term else 0
     rank_down = down_term.rank if down_term else 0
     assert dh_TF.is_contiguous() and gate_up_TN.is_contiguous(), "the kernel knows no strides"
-    tiles = tiles or _swiglu_tiles(dh_TF.dtype, resident=2)
     num_blocks = triton.cdiv(width, tiles.columns)
     rows_of_range, ranges = tiles.cut(max(num_rows, 1), num_blocks)
     out_TN = torch.empty_like(gate_up_TN)
     dA_parts = _floats(dh_TF, ranges, width, rank_down) if down_term else None
     thin_kernels.swiglu_grad_kernel[(num_blocks, ranges)](
-        dh_TF, *_factor(down_term, dh_TF), gate_up_TN, *_factor(term, dh_TF), out_TN,
-        out_TN if dA_parts is None else dA_parts, num_rows, rows_of_range, width, rank, rank_down,
-        HAS_DOWN=down_term is not None, HAS_LOW=term is not None, RP=padded(rank), RP_DOWN=padded(rank_down),
+        dh_TF, *_factor(down_term, dh_TF), gate_up_TN, *_factor(term, dh_TF),
+        out_TN if columns_scale_N is None else columns_scale_N, out_TN, out_TN if dA_parts is None else dA_parts,
+        out_TN if largest_PT is None else largest_PT, num_rows, rows_of_range, width, rank, rank_down,
+        HAS_DOWN=down_term is not None, HAS_LOW=term is not None, MEASURES=largest_PT is not None,
+        RP=padded(rank), RP_DOWN=padded(rank_down),
         BT=tiles.rows, BN=tiles.columns, STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out_TN, None if dA_parts is None else sum_parts(None, dA_parts, [], dh_TF.dtype)[1].T

@@ -16,6 +16,11 @@ feeds both (bench/gpu_thin.py has the times):
   of every factor again: for the gradient in tiles of 16 × 128 at rank 16 as many bytes from the cache as of the
   operands themselves.
 
+What these kernels read is often also the operand of an 8-bit product, which wants a scale for each row, the largest
+number of the whole row. No program has a whole row. So whoever writes the tensor (SwiGLU both ways, the rotation back)
+leaves the largest of its own columns, a float32 a row and block; ``row_scale_kernel`` makes the scales of them; and the
+thin product that reads the tensor next rounds it on the way. Rounding by a kernel of its own would read it once more.
+
 Tiles have 64 rows, the least with which Hopper's matrix instructions read an operand from shared memory, so a tile
 serves ``dy B`` and ``dyᵀ u`` from where the asynchronous copy left it. The plain twins are in ``pointwise.py``;
 ``thin.py`` calls these.
@@ -29,6 +34,8 @@ Axes are those of ``kernels.py``.
 
 import triton
 import triton.language as tl
+
+from medcot.engine.kernels import row_scale
 
 # The number of tokens differs from batch to batch; specialising on it would compile a kernel again in mid-training.
 _PER_BATCH = ["T", "rows_of_range"]
@@ -78,10 +85,58 @@ def _store_thin(parts, value, block, start, T, rank, RP: tl.constexpr, BT: tl.co
     _store_rows(parts + block.to(tl.int64) * T * rank, value, start, T, rank, k, k < rank, BT)
 
 
+@triton.jit
+def _store_largest(parts, value, block, start, T, BT: tl.constexpr):
+    """Write the largest size of each row of a float32 tile into row ``block`` of the (blocks, T) parts."""
+    t = tl.arange(0, BT)
+    tl.store(_rows_at(parts, block, T) + start + t, tl.max(tl.abs(value), 1), mask=start + t < T)
+
+
+@triton.jit
+def _store_codes(codes, tile, factor, scale, start, T, stride, columns, column_mask, BT: tl.constexpr):
+    """Write a tile rounded to 8 bit: its columns times ``factor``, its rows by their scales."""
+    t = tl.arange(0, BT)
+    inverse = 1.0 / tl.load(scale + start + t, mask=start + t < T, other=1.0)
+    value = tile.to(tl.float32) * factor[None, :] * inverse[:, None]
+    _store_rows(codes, value, start, T, stride, columns, column_mask, BT)
+
+
+@triton.jit(do_not_specialize=["T", "num_blocks"])
+def row_scale_kernel(parts, scale, T, num_blocks, AT_ONCE: tl.constexpr, BT: tl.constexpr):
+    """Each row's scale from the largest sizes of its blocks, (blocks, T)."""
+    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    largest = tl.zeros((BT,), tl.float32)
+    for start in range(0, num_blocks, AT_ONCE):
+        block = start + tl.arange(0, AT_ONCE)
+        mask = (block < num_blocks)[:, None] & (rows < T)[None, :]
+        place = parts + block.to(tl.int64)[:, None] * T + rows[None, :]
+        largest = tl.maximum(largest, tl.max(tl.load(place, mask=mask, other=0.0), 0))
+    tl.store(scale + rows, row_scale(largest), mask=rows < T)
+
+
+@triton.jit(do_not_specialize=_PER_BATCH)
+def thin_product_kernel(
+    x, a, scale, u_parts, codes, T, rows_of_range, N, rank,
+    RP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # u = x Aᵀ, and x in 8 bit.
+    block, row_range = tl.program_id(0), tl.program_id(1)
+    columns = block * BN + tl.arange(0, BN)
+    column_mask = columns < N
+    k = tl.arange(0, RP)
+    a_tile = tl.load(a + k[None, :] * N + columns[:, None], mask=column_mask[:, None] & (k < rank)[None, :], other=0.0)
+    one = tl.full((BN,), 1.0, tl.float32)
+    begin = row_range * rows_of_range
+    for start in tl.range(begin, tl.minimum(begin + rows_of_range, T), BT, num_stages=STAGES):
+        tile = _load_rows(x, start, T, N, columns, column_mask, BT)
+        _store_thin(u_parts, tl.dot(tile, a_tile, input_precision="ieee"), block, start, T, rank, RP, BT)
+        _store_codes(codes, tile, one, scale, start, T, N, columns, column_mask, BT)
+
+
 @triton.jit(do_not_specialize=_PER_BATCH)
 def thin_gradients_kernel(
-    dy, u, b, du_parts, db_parts, T, rows_of_range, N, width0, width1, rank, R,
-    RP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    dy, u, b, columns_scale, scale, du_parts, db_parts, codes, T, rows_of_range, N, width0, width1, rank, R,
+    ROUNDS: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # The blocks of a group's parts are numbered through; a block lies in one part, whose own u and B it meets.
     block, row_range = tl.program_id(0), tl.program_id(1)
@@ -95,6 +150,8 @@ def thin_gradients_kernel(
     own_rank = (beyond0 + beyond1) * rank
     k = tl.arange(0, RP)
     b_tile = _load_factor(b, columns, column_mask, rank, RP)
+    if ROUNDS:
+        factor = tl.load(columns_scale + columns, mask=column_mask, other=0.0)
     db = tl.zeros((BN, RP), tl.float32)
     begin = row_range * rows_of_range
     for start in tl.range(begin, tl.minimum(begin + rows_of_range, T), BT, num_stages=STAGES):
@@ -103,6 +160,8 @@ def thin_gradients_kernel(
         du = tl.dot(dy_tile, b_tile, input_precision="ieee")
         db = tl.dot(tl.trans(dy_tile), u_tile, db, input_precision="ieee")
         _store_thin(du_parts, du, block, start, T, rank, RP, BT)
+        if ROUNDS:
+            _store_codes(codes, dy_tile, factor, scale, start, T, N, columns, column_mask, BT)
     _store_factor(db_parts, db, row_range, N, columns, column_mask, rank, RP)
 
 
@@ -149,8 +208,9 @@ def _load_term_factor(b, columns, column_mask, rank, RP: tl.constexpr):
 
 @triton.jit(do_not_specialize=_PER_BATCH)
 def swiglu_kernel(
-    gate_up, u, b, out, T, rows_of_range, F, rank,
-    HAS_LOW: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    gate_up, u, b, out, largest_parts, T, rows_of_range, F, rank,
+    HAS_LOW: tl.constexpr, MEASURES: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     block, row_range = tl.program_id(0), tl.program_id(1)
     columns = block * BN + tl.arange(0, BN)
@@ -168,13 +228,16 @@ def swiglu_kernel(
             u_up = _load_rows(u + rank, start, T, 2 * rank, k, k < rank, BT)
             gate = tl.dot(u_gate, b_gate, gate, input_precision="ieee")
             up = tl.dot(u_up, b_up, up, input_precision="ieee")
-        _store_rows(out, gate * tl.sigmoid(gate) * up, start, T, F, columns, column_mask, BT)
+        h = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
+        _store_rows(out, h, start, T, F, columns, column_mask, BT)
+        if MEASURES:
+            _store_largest(largest_parts, h.to(tl.float32), block, start, T, BT)
 
 
 @triton.jit(do_not_specialize=_PER_BATCH)
 def swiglu_grad_kernel(
-    dh, du_down, a_down, gate_up, u, b, out, da_parts, T, rows_of_range, F, rank, rank_down,
-    HAS_DOWN: tl.constexpr, HAS_LOW: tl.constexpr,
+    dh, du_down, a_down, gate_up, u, b, columns_scale, out, da_parts, largest_parts,
+    T, rows_of_range, F, rank, rank_down, HAS_DOWN: tl.constexpr, HAS_LOW: tl.constexpr, MEASURES: tl.constexpr,
     RP: tl.constexpr, RP_DOWN: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # HAS_DOWN: dh lacks a term, and that projection's dA is wanted: a product of h, made again in its 16-bit rounding.
@@ -189,6 +252,9 @@ def swiglu_grad_kernel(
     if HAS_DOWN:
         a_mask = (j < rank_down)[:, None] & column_mask[None, :]
         a_tile = tl.load(a_down + j[:, None] * F + columns[None, :], mask=a_mask, other=0.0)
+    if MEASURES:
+        gate_factor = tl.load(columns_scale + columns, mask=column_mask, other=0.0)
+        up_factor = tl.load(columns_scale + F + columns, mask=column_mask, other=0.0)
     da = tl.zeros((BN, RP_DOWN), tl.float32)
     begin = row_range * rows_of_range
     for start in tl.range(begin, tl.minimum(begin + rows_of_range, T), BT, num_stages=STAGES):
@@ -205,9 +271,14 @@ def swiglu_grad_kernel(
             gradient = tl.dot(d_tile, a_tile, gradient, input_precision="ieee")
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
-        d_gate = gradient * up * sigmoid * (1 + gate * (1 - sigmoid))
+        d_gate = (gradient * up * sigmoid * (1 + gate * (1 - sigmoid))).to(kind)
+        d_up = (gradient * silu).to(kind)
         _store_rows(out, d_gate, start, T, 2 * F, columns, column_mask, BT)
-        _store_rows(out + F, gradient * silu, start, T, 2 * F, columns, column_mask, BT)
+        _store_rows(out + F, d_up, start, T, 2 * F, columns, column_mask, BT)
+        if MEASURES:
+            gate_sizes = tl.abs(d_gate.to(tl.float32) * gate_factor[None, :])
+            up_sizes = tl.abs(d_up.to(tl.float32) * up_factor[None, :])
+            _store_largest(largest_parts, tl.maximum(gate_sizes, up_sizes), block, start, T, BT)
         if HAS_DOWN:
             da = tl.dot(tl.trans((silu * up).to(kind)), d_tile, da, input_precision="ieee")
     if HAS_DOWN:

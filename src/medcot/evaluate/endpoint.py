@@ -5,6 +5,7 @@ one answer: what may pass (429, 5xx, a timeout, a reset, a stream that breaks of
 again after a growing, jittered pause, for at least as long as ``Retry-After`` asks; what concerns one question alone (a
 refusal, a prompt too long) becomes that item's error; what concerns all of them (a wrong key, no such model, no money)
 stops the evaluation at once. A reply is counted when it is whole, so an attempt that broke off leaves nothing behind.
+No redirect is followed: what the address was given for, the key and the questions, goes there and nowhere else.
 
 A 429 slows all requests down, not only the one it met: it is the account that is limited. Limits known beforehand are
 kept by ``Pace``, requests evenly spaced and tokens by what answers turn out to need.
@@ -18,7 +19,9 @@ Full jitter: M. Brooker, "Exponential backoff and jitter", AWS Architecture Blog
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
+import math
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -35,14 +38,18 @@ import httpx
 from medcot.errors import ModelError, NetworkError
 from medcot.evaluate.backends import Answer, Ending, OnAnswer, Request, answer_failed
 from medcot.evaluate.pace import Pace
-from medcot.evaluate.replies import Broken, Price, Refused, Reply, Thinks, build_answer, read_body, read_lines
+from medcot.evaluate.replies import Broken, Price, Refused, Reply, Thinks, build_answer, read_body, read_stream
 from medcot.secrets import HIDDEN, Secret
 
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
-_FOR_ALL = {401, 402, 403, 404}
+_KEY_OR_MONEY = {401, 402, 403}
+_WRONG_PLACE = {301, 302, 303, 307, 308, 404, 405}
 _NO_MONEY = "insufficient_quota"  # OpenAI sends it as a 429, which no waiting mends
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_FLAGGED = ("flagged", "moderation", "content_policy")  # OpenRouter's 403 of one question
 FEWEST_FAILED = 4  # requests that may fail in a row, however few are under way together
+FEWEST_REFUSED = 32  # requests that may be refused in one and the same word before any was answered
+LONGEST_WISH_S = 3600.0  # of a Retry-After; a longer one is a daily limit, and not to be slept through
+LONGEST_ATTEMPT = 10  # times timeout_s: a server that sends signs of life and never an end
 CHARS_A_TOKEN = 4  # English, for the token limit's first guess at a prompt
 
 
@@ -64,7 +71,7 @@ class Endpoint:
         concurrency: requests under way together.
         requests_a_minute: as the account allows.
         tokens_a_minute: prompt and completion together, as the account allows.
-        timeout_s: for one attempt without a sign of life; a stream gives one at each token.
+        timeout_s: for one attempt without a sign of life; a stream gives one at each token. Ten times that is the end.
         deadline_s: for all of it; what has no answer then has failed.
         max_attempts: of one request.
         pause_s: before the second attempt; it doubles from one to the next.
@@ -74,7 +81,7 @@ class Endpoint:
         dialect: names of the settings.
         no_thinking: fields that keep the model from thinking, such as ``chat_template_kwargs``; ``None`` where nothing
             does.
-        extra: further fields of every request.
+        extra: further fields of every request; ``None`` leaves one of ours out, for a server that does not know it.
         prices: of models by name; one that is not there costs nothing that is known.
     """
 
@@ -108,7 +115,7 @@ class EndpointBackend:
     def __init__(self, endpoint: Endpoint, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self.endpoint = endpoint
         self._transport = transport
-        self._failed_in_a_row = 0
+        self._failed_in_a_row, self._refusals = 0, list[str]()
         if urlsplit(endpoint.base_url).scheme not in ("http", "https"):
             raise ModelError(
                 f"'{endpoint.base_url}' is no address",
@@ -117,8 +124,12 @@ class EndpointBackend:
             )
 
     def prompt_of(self, request: Request) -> str:
-        """Return the request's body: all that the server is told."""
-        return json.dumps(self.body_of(request), sort_keys=True)
+        """Return the request's body: all that the server is told, and how its reply is read if not in the usual way.
+
+        Answers are kept as they were read, so another way to read is another answer.
+        """
+        thinks = {} if self.endpoint.thinks is Thinks.AUTO else {"thinks": self.endpoint.thinks}
+        return json.dumps(self.body_of(request) | thinks, sort_keys=True)
 
     def answer(self, requests: Sequence[Request], on_answer: OnAnswer) -> None:
         """Answer all requests, several at a time.
@@ -139,26 +150,26 @@ class EndpointBackend:
 
     async def _answer_all(self, requests: Sequence[Request], on_answer: OnAnswer) -> None:
         it = self.endpoint
-        self._failed_in_a_row = 0
+        self._failed_in_a_row, self._refusals = 0, []
         deadline = None if it.deadline_s is None else time.monotonic() + it.deadline_s
         pace = Pace(it.requests_a_minute, it.tokens_a_minute)
         waiting = iter(requests)
         headers = {} if it.api_key is None else {"Authorization": f"Bearer {it.api_key.value}"}
-        local = urlsplit(it.base_url).hostname in _LOOPBACK
         async with httpx.AsyncClient(
             base_url=it.base_url.rstrip("/") + "/",
             headers=headers,
             timeout=it.timeout_s,
             limits=httpx.Limits(max_connections=it.concurrency),
-            trust_env=not local,  # a proxy of the environment has no way to this machine
+            trust_env=not is_this_machine(it.base_url),  # a proxy of the environment has no way to this machine
             transport=self._transport,
         ) as client:
 
             async def work() -> None:
                 for request in waiting:  # shared: each worker takes the next
-                    answer = await _Attempts(self, client, pace, request, deadline).answer()
+                    attempts = _Attempts(self, client, pace, request, deadline)
+                    answer = await attempts.answer()
                     on_answer(answer)
-                    self._look_whether_it_lives(answer)
+                    self._look_whether_it_lives(answer, attempts.refusal)
 
             try:
                 async with asyncio.TaskGroup() as group:
@@ -167,15 +178,26 @@ class EndpointBackend:
             except BaseExceptionGroup as errors:  # the first error stops all; the others are cancellations
                 raise errors.exceptions[0] from None
 
-    def _look_whether_it_lives(self, answer: Answer) -> None:
-        """Stop where request after request ran out of attempts: the rest would take hours to fail one by one."""
-        gave_up = answer.error is not None and answer.num_attempts == self.endpoint.max_attempts
+    def _look_whether_it_lives(self, answer: Answer, refusal: str | None) -> None:
+        """Stop where request after request ran out of attempts, or the first are all refused alike.
+
+        The rest would take hours to fail one by one, or be done in seconds with nothing to grade.
+        """
+        it = self.endpoint
+        gave_up = answer.error is not None and answer.num_attempts == it.max_attempts and refusal is None
         self._failed_in_a_row = self._failed_in_a_row + 1 if gave_up else 0
-        if self._failed_in_a_row > max(self.endpoint.concurrency, FEWEST_FAILED):
+        self._refusals.append(refusal or "")  # one that was not refused ends the row for good
+        if self._failed_in_a_row > max(it.concurrency, FEWEST_FAILED):
             raise NetworkError(
-                f"{self._failed_in_a_row} requests in a row failed at {self.endpoint.base_url}: {answer.error}",
-                f"Each was tried {self.endpoint.max_attempts} times",
+                f"{self._failed_in_a_row} requests in a row failed at {it.base_url}: {answer.error}",
+                f"Each was tried {it.max_attempts} times",
                 "See to the server; what was answered is kept, and the same command goes on from there",
+            )
+        if len(self._refusals) == FEWEST_REFUSED and len(set(self._refusals)) == 1 and refusal:
+            raise ModelError(
+                f"The first {FEWEST_REFUSED} requests were all refused by {it.base_url}: {refusal}",
+                f"It must serve '{it.model}' and know every setting that it is sent",
+                "Correct what it names; a field that it does not know is left out by null in the extra fields",
             )
 
     def body_of(self, request: Request) -> dict[str, Any]:
@@ -194,7 +216,7 @@ class EndpointBackend:
         body: dict[str, Any] = {
             "model": it.model,
             "messages": [{"role": "user", "content": request.question}],
-            **it.extra,
+            **{name: value for name, value in it.extra.items() if value is not None},
         }
         if limits.think_tokens == 0:
             if it.no_thinking is None:
@@ -211,7 +233,7 @@ class EndpointBackend:
             sampling = request.sampling
             body |= {"max_tokens": max_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p}
             body["seed"] = request.seed
-        return body
+        return {name: value for name, value in body.items() if it.extra.get(name, value) is not None}
 
 
 class _Attempts:
@@ -225,6 +247,7 @@ class _Attempts:
         if self.it.stream:
             self.body |= {"stream": True, "stream_options": {"include_usage": True}}
         self.deadline = deadline
+        self.refusal: str | None = None  # what was said to a request that no further attempt would mend
 
     async def answer(self) -> Answer:
         """Try until there is an answer, or no hope of one."""
@@ -239,7 +262,8 @@ class _Attempts:
             except TimeoutError:
                 return self._failed(f"{error}; no time is left", attempt)
             except Refused as refusal:
-                return self._failed(str(refusal), attempt)
+                self.refusal = self._clean(str(refusal))
+                return self._failed(self.refusal, attempt)
             except _Status as status:
                 error, wish = str(status), status.retry_after_s
                 if status.code == 429:
@@ -256,33 +280,55 @@ class _Attempts:
         start = time.monotonic()
         used = None
         try:
-            reply = await self._send()
-            used = reply.usage.get("total_tokens", int(reserved))  # told nothing, the reserve stays spent
+            reply = await self._send_in_time()
+            used = int(reserved) if reply.num_tokens is None else reply.num_tokens  # told nothing, all of it is spent
         finally:
             self.pace.settle(reserved, guess, used)
         price = self.it.prices.get(self.it.model)
         seconds = time.monotonic() - start
         return build_answer(reply, self.request, self.it.thinks, price, seconds=seconds, num_attempts=attempt)
 
+    async def _send_in_time(self) -> Reply:
+        longest_s = LONGEST_ATTEMPT * self.it.timeout_s
+        try:
+            async with asyncio.timeout(longest_s):
+                return await self._send()
+        except TimeoutError:  # the deadline's, around this one, comes as a cancellation
+            raise Broken(f"it had no end after {longest_s:.0f} s") from None
+
     async def _send(self) -> Reply:
         async with self.client.stream("POST", "chat/completions", json=self.body) as response:
             if response.status_code != 200:
                 self._refuse(response.status_code, response.headers, await response.aread())
-            if response.headers.get("content-type", "").startswith("text/event-stream"):
-                return read_lines([line async for line in response.aiter_lines()])
-            return read_body(await response.aread())
+            data = await response.aread()
+            is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
+            return read_stream(data) if is_stream else read_body(data)
 
     def _refuse(self, code: int, headers: Mapping[str, str], body: bytes) -> None:
         """Raise what a status other than 200 means."""
-        said = self._clean(body.decode(errors="replace")[:300])
-        if code in _FOR_ALL or _NO_MONEY in said:
-            value = f"{self.it.base_url} answers {code}: {said}"
-            if code == 404:
-                raise ModelError(value, f"It must serve '{self.it.model}'", "Check the address and the model's name")
+        it, whole = self.it, self._clean(body.decode(errors="replace"))
+        said = whole[:300]
+        value = f"{it.base_url} answers {code}: {said}"
+        if code in _WRONG_PLACE:
+            moved = f" It points to {self._clean(headers['location'])}." if "location" in headers else ""
+            raise ModelError(
+                value + moved,
+                f"It must serve '{it.model}' there",
+                "Check the address, which mostly ends with /v1, and the model's name",
+            )
+        flagged = code == 403 and any(word in whole.lower() for word in _FLAGGED)
+        if (code in _KEY_OR_MONEY and not flagged) or _NO_MONEY in whole:
             raise NetworkError(value, "It must accept the key, and the account must be in credit", "Check both")
-        if code in _RETRIED:
-            raise _Status(code, said, _read_retry_after(headers.get("retry-after")))
-        raise Refused(f"status {code}: {said}")
+        if code not in _RETRIED:
+            raise Refused(f"status {code}: {said}")
+        wish_s = _read_retry_after(headers.get("retry-after"))
+        if wish_s is not None and wish_s > LONGEST_WISH_S:
+            raise NetworkError(
+                f"{value} (asking for a pause of {wish_s / 3600:.1f} hours)",
+                f"Pauses of up to {LONGEST_WISH_S / 3600:.0f} hour are waited for",
+                "Give the same command again then; what was answered is kept",
+            )
+        raise _Status(code, said, wish_s)
 
     def _pause(self, attempt: int, wish_s: float | None) -> float:
         longest = min(self.it.longest_pause_s, self.it.pause_s * 2.0 ** (attempt - 1))
@@ -299,6 +345,15 @@ class _Attempts:
         return text if self.it.api_key is None else text.replace(self.it.api_key.value, HIDDEN)
 
 
+def is_this_machine(base_url: str) -> bool:
+    """Return whether an address is on this machine, so that what is sent there passes no network."""
+    host = urlsplit(base_url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost" or host.endswith(".localhost")
+
+
 class _Status(Exception):
     """A status that may pass."""
 
@@ -312,9 +367,11 @@ def _read_retry_after(value: str | None) -> float | None:
     if value is None:
         return None
     try:
-        return max(0.0, float(value))
+        seconds = float(value)
     except ValueError:
         pass
+    else:
+        return max(0.0, seconds) if math.isfinite(seconds) else None
     try:
         then = parsedate_to_datetime(value)
     except ValueError:  # neither of the two forms there are, so nothing that could be kept

@@ -37,10 +37,11 @@ class Pace:
     async def enter(self, prompt_tokens: int, most_tokens: int) -> float:
         """Wait for a turn; return the tokens reserved, to be handed to ``settle``."""
         async with self._turn:
-            while (wait_s := max(self._held, self._next) - time.monotonic()) > 0:
-                await asyncio.sleep(wait_s)
-            reserved = prompt_tokens + (self._spent / self._num_settled if self._num_settled else most_tokens)
-            while (wait_s := self._wait_for_tokens(reserved)) > 0:
+            while True:  # asked again after each pause: a server may have asked for another meanwhile
+                reserved = prompt_tokens + (self._spent / self._num_settled if self._num_settled else most_tokens)
+                wait_s = max(max(self._held, self._next) - time.monotonic(), self._wait_for_tokens(reserved))
+                if wait_s <= 0:
+                    break
                 await asyncio.sleep(wait_s)
             self._tokens -= reserved
             self._next = time.monotonic() + self._interval_s

@@ -7,7 +7,16 @@ llama.cpp) or ``reasoning`` (vLLM since 0.11, OpenRouter, Ollama), else from the
 
 Where neither is there, text alone does not say whether a model thought: one that hides its reasoning (o1, o3) and one
 whose ``<think>`` stood in the prompt and was never closed look the same. ``Thinks`` says which it is; without being
-told, what has no tag is taken as an answer, except behind an opened tag.
+told, what has no tag is taken as an answer, except behind an opened tag, and where it was cut at the limit with no word
+from the server of hidden thinking: half a chain of thought often holds a "Final answer" that the model then drops.
+
+A stream is split into lines as its standard says. ``str.splitlines``, and with it httpx's and requests' line readers,
+also splits at U+2028 and U+0085, which servers write as they are into their JSON: a model that writes one such sign
+would never get an answer through, however often it is asked.
+
+A frame that a server forgets to take off is taken off here, and nothing else is: ``transformers serve`` (5.23) repeats
+the whole prompt before the answers of DeepSeek-R1-Distill-Qwen, and leaves the end-of-turn token behind them. As it
+comes, no such answer can be read, and where there is none, the question's own words stand in its place.
 
 Sources: the OpenAI API reference (chat completion object, chunk object); the HTML standard's server-sent events.
 """
@@ -15,8 +24,9 @@ Sources: the OpenAI API reference (chat completion object, chunk object); the HT
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -25,13 +35,21 @@ from medcot.prompt import THINK_CLOSE, THINK_OPEN
 from medcot.records import Finish
 
 _ENDED = {"stop": Finish.EOS, "eos": Finish.EOS, "length": Finish.LENGTH, "max_tokens": Finish.LENGTH}
+# The server gave up: DeepSeek, vLLM and SGLang, OpenRouter, in their words.
+_GAVE_UP = ("insufficient_system_resource", "abort", "error")
 _REASONING = ("reasoning_content", "reasoning")
+_LINE_END = re.compile(r"\r\n|\n|\r")
+# A token of the chat frame: <|im_end|>, <｜Assistant｜>, </s>.
+_FRAME = r"(?:<[|｜][^<>|｜\s]{1,40}[|｜]>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>)"
+_BEFORE = re.compile(rf"\s*(?:{_FRAME}(?:user\b)?\s*)+")
+_BETWEEN = re.compile(rf"\s*(?:{_FRAME}(?:(?:assistant|model)\b)?\s*)*")
+_AFTER = re.compile(rf"(?:\s*{_FRAME})+\s*$")
 
 
 class Thinks(StrEnum):
     """How a served model shows its reasoning."""
 
-    AUTO = "auto"  # in a field, or up to a tag; without either, what it wrote is the answer
+    AUTO = "auto"  # in a field, or up to a tag; without either, what it wrote is the answer unless it was cut
     TAGS = "tags"  # up to a tag, and what has none is unfinished thinking
 
 
@@ -73,16 +91,27 @@ class Reply:
         """
         if not isinstance(body, dict) or body.get("error"):
             raise Broken(f"the server sent {json.dumps(body)[:200]}")
-        self.usage = body.get("usage") or self.usage
-        self.model = body.get("model") or self.model
+        self.usage = _mapping(body.get("usage")) or self.usage
+        self.model = _text(body.get("model")) or self.model
         choices = body.get("choices")
-        if not choices:  # the last chunk of a stream has the usage alone
+        if not isinstance(choices, list) or not choices:  # the last chunk of a stream has the usage alone
             return
-        choice = choices[0] if isinstance(choices, list) and isinstance(choices[0], dict) else {}
-        message = choice.get(part) or {}
+        choice = _mapping(choices[0])
+        if choice.get("error"):
+            raise Broken(f"the server sent {json.dumps(choice['error'])[:200]}")
+        message = _mapping(choice.get(part))
         self.content += _text(message.get("content"))
         self.reasoning += next((_text(message[key]) for key in _REASONING if message.get(key)), "")
-        self.finish = choice.get("finish_reason") or self.finish
+        self.finish = _text(choice.get("finish_reason")) or self.finish
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Tokens read and written together, by the server's account; ``None`` where it gives none."""
+        total = _number(self.usage.get("total_tokens"))
+        if total is not None:
+            return total
+        parts = [_number(self.usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
+        return sum(part or 0 for part in parts) if any(part is not None for part in parts) else None
 
 
 def read_body(data: bytes) -> Reply:
@@ -100,23 +129,23 @@ def read_body(data: bytes) -> Reply:
     return _whole(reply)
 
 
-def read_lines(lines: Iterable[str]) -> Reply:
-    """Read a reply sent as server-sent events, all lines of it.
+def read_stream(data: bytes) -> Reply:
+    """Read a reply sent as server-sent events, all of it.
 
     Raises:
         Broken: it is not whole.
     """
     reply = Reply()
-    for line in lines:
+    for line in _LINE_END.split(data.decode(errors="replace")):
         if not line.startswith("data:"):
             continue  # an empty line, a comment that keeps the line open, an event's name
-        data = line.removeprefix("data:").strip()
-        if data == "[DONE]":
+        event = line.removeprefix("data:").strip(" ")
+        if event == "[DONE]":
             break
         try:
-            chunk = json.loads(data)
+            chunk = json.loads(event)
         except ValueError:
-            raise Broken(f"a piece of the stream is no JSON: {data[:80]!r}") from None
+            raise Broken(f"a piece of the stream is no JSON: {event[:80]!r}") from None
         reply.take(chunk, "delta")
     return _whole(reply)
 
@@ -124,6 +153,8 @@ def read_lines(lines: Iterable[str]) -> Reply:
 def _whole(reply: Reply) -> Reply:
     if reply.finish is None:
         raise Broken("it broke off before the reason for its end")
+    if reply.finish in _GAVE_UP:
+        raise Broken(f"the server gave it up with finish_reason '{reply.finish}'")
     return reply
 
 
@@ -138,7 +169,14 @@ def build_answer(
     if reply.finish not in _ENDED:
         raise Refused(f"it ended with finish_reason '{reply.finish}'")
     finish = _ENDED[reply.finish]
-    think, answer, closed = _split(reply, thinks)
+    question = request.question.strip()
+    reply = replace(
+        reply,
+        content=_take_frame_off(reply.content, question, finish),
+        reasoning=_take_frame_off(reply.reasoning, question, finish),
+    )
+    cut = finish is Finish.LENGTH and request.limits.think_tokens > 0
+    think, answer, closed = _split(reply, thinks, cut=cut)
     num_prompt, num_think, num_answer, counts = _count(reply.usage, think, answer)
     cost = None
     if price is not None and counts is not Counts.UNKNOWN:
@@ -146,7 +184,7 @@ def build_answer(
     return Answer(
         item_id=request.item_id,
         seed=request.seed,
-        text=f"{THINK_OPEN}\n{think}\n{THINK_CLOSE}\n\n{reply.content}" if reply.reasoning and closed
+        text=f"{THINK_OPEN}\n{think}\n{THINK_CLOSE}\n\n{answer}" if reply.reasoning and closed
         else reply.reasoning + reply.content,
         think=think,
         answer=answer,
@@ -163,15 +201,24 @@ def build_answer(
     )  # fmt: skip
 
 
-def _split(reply: Reply, thinks: Thinks) -> tuple[str, str, bool]:
-    """Return thinking, answer, and whether thinking ended."""
+def _take_frame_off(content: str, question: str, finish: Finish) -> str:
+    """Return what a model wrote, without the prompt before it and the token that ended it."""
+    before, found, rest = content.partition(question)
+    if question and found and _BEFORE.fullmatch(before):
+        content = rest[between.end() :] if (between := _BETWEEN.match(rest)) else rest
+    return _AFTER.sub("", content) if finish is Finish.EOS else content
+
+
+def _split(reply: Reply, thinks: Thinks, *, cut: bool) -> tuple[str, str, bool]:
+    """Return thinking, answer, and whether thinking ended; ``cut`` is one that was to think and met its limit."""
     think, tag, answer = reply.content.rpartition(THINK_CLOSE)
     if tag:
         return _join(reply.reasoning, think), answer.strip(), True
     content = reply.content.strip()
     if reply.reasoning:
         return reply.reasoning.strip(), content, bool(content)
-    if thinks is Thinks.TAGS or content.startswith(THINK_OPEN):
+    cut = cut and not _num_hidden(reply.usage)
+    if thinks is Thinks.TAGS or cut or content.startswith(THINK_OPEN):
         return content.removeprefix(THINK_OPEN).strip(), "", False
     return "", content, bool(content)
 
@@ -182,18 +229,30 @@ def _join(reasoning: str, think: str) -> str:
 
 def _count(usage: Mapping[str, Any], think: str, answer: str) -> tuple[int, int, int, Counts]:
     """Return tokens read, of thinking and of the answer, and how far they can be trusted."""
-    total = usage.get("completion_tokens")
-    if not isinstance(total, int):
+    total = _number(usage.get("completion_tokens"))
+    if total is None:
         return 0, 0, 0, Counts.UNKNOWN
-    num_prompt = usage.get("prompt_tokens")
-    num_prompt = num_prompt if isinstance(num_prompt, int) else 0
-    num_think = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
-    if isinstance(num_think, int) and (num_think or not think):
+    num_prompt = _number(usage.get("prompt_tokens")) or 0
+    num_think = _num_hidden(usage)
+    if num_think is not None and (num_think or not think):
         return num_prompt, num_think, max(0, total - num_think), Counts.EXACT
     if not think or not answer:
         return num_prompt, total if think else 0, 0 if think else total, Counts.EXACT
     num_think = round(total * len(think) / (len(think) + len(answer)))
     return num_prompt, num_think, total - num_think, Counts.APPORTIONED
+
+
+def _num_hidden(usage: Mapping[str, Any]) -> int | None:
+    """Return the tokens of thinking that the server counted, shown or not."""
+    return _number(_mapping(usage.get("completion_tokens_details")).get("reasoning_tokens"))
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _number(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def _text(value: object) -> str:

@@ -28,7 +28,7 @@ from typing import Any
 from filelock import FileLock
 
 from medcot.errors import OutputError
-from medcot.evaluate.backends import Answer, Backend, Counts, Request
+from medcot.evaluate.backends import Answer, Backend, Counts, Ending, Limits, Request
 from medcot.records import Finish
 
 SYNC_EVERY = 8  # lines between two fsyncs
@@ -77,10 +77,17 @@ def compute_key(subject: Subject, request: Request, prompt_text: str) -> str:
         "temperature": request.sampling.temperature,
         "top_p": request.sampling.top_p,
         "seed": request.seed,
-        **asdict(request.limits),
+        **_describe_limits(request.limits),
         "choices": request.choices,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def _describe_limits(limits: Limits) -> dict[str, Any]:
+    """What of the limits an answer depends on: where thinking and answer share one, how they share it is nothing."""
+    if limits.ending is Ending.WRITTEN and limits.think_tokens:
+        return {"max_tokens": limits.think_tokens + limits.answer_tokens}
+    return asdict(limits)
 
 
 class AnswerStore:

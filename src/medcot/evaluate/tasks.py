@@ -162,6 +162,11 @@ class Task:
     sentences: tuple[str, ...] = ()
 
     @property
+    def base(self) -> str:
+        """The name without its size: ``medqa``."""
+        return parse_task(self.name).name
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What every result says of the task that it is of."""
         return {
@@ -349,6 +354,11 @@ def _allow(gold: str, entry: Entry) -> Allowance:
         ]
         return Allowance(aliases=(*texts, *(f"({text})" for text in texts)))
     return Allowance(any_unit=entry.any_unit)
+
+
+def without_form(task: Task) -> Task:
+    """Leave out the wish for the last line, for models that were trained on these very questions."""
+    return replace(task, items=tuple(replace(item, prompt=item.example.question.strip()) for item in task.items))
 
 
 def build_requests(task: Task, sampling: Draws, seeds: Sequence[int], limits: Limits) -> list[Request]:

@@ -10,6 +10,7 @@ Sources: vllm.LLM.generate with ``prompt_token_ids``, vllm.SamplingParams, vllm.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 from medcot.errors import MissingExtraError, ModelError
 from medcot.evaluate.backends import Draws
-from medcot.generate import Generated
+from medcot.generate import Generated, OnWritten
 from medcot.records import Finish
 
 
@@ -57,20 +58,35 @@ class VllmWriter:
         lora = {} if adapter is None else {"enable_lora": True, "max_lora_rank": adapter_rank}
         self._llm = vllm.LLM(model=model, **lora, **settings)
 
+    def without_adapter(self) -> VllmWriter:
+        """Return the plain base, held by the same vLLM."""
+        plain = copy.copy(self)
+        plain._adapter = None
+        return plain
+
     def write(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Draws, seed: int
-    ) -> list[Generated]:
-        """Continue each prompt until EOS or the limit; each is drawn from the seed by itself."""
-        params = self._vllm.SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_tokens=max_new_tokens,
-            seed=seed,
-            detokenize=False,
-        )
+        self,
+        prompts: Sequence[Sequence[int]],
+        rooms: Sequence[int],
+        sampling: Draws,
+        seeds: Sequence[int],
+        on_written: OnWritten,
+        *,
+        batch_size: int,
+    ) -> None:
+        """Continue each prompt until EOS or its room is full; each is drawn from its own seed."""
+        params = [
+            self._vllm.SamplingParams(
+                temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=room, seed=seed, detokenize=False
+            )
+            for room, seed in zip(rooms, seeds, strict=True)
+        ]
         prepared = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        outputs = self._llm.generate(prepared, params, lora_request=self._adapter, use_tqdm=False)
-        return [_read(output.outputs[0]) for output in outputs]
+        for start in range(0, len(prompts), batch_size):
+            some = slice(start, start + batch_size)
+            outputs = self._llm.generate(prepared[some], params[some], lora_request=self._adapter, use_tqdm=False)
+            for place, output in enumerate(outputs, start):
+                on_written(place, _read(output.outputs[0]))
 
     def score(self, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> list[list[float]]:
         """Refuse: vLLM tells the log-probabilities of the likeliest tokens only.

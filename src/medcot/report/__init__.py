@@ -3,6 +3,10 @@
 ``folder`` reads what the run left (missing pieces are named, never invented), ``words`` turns figures into sentences,
 ``charts`` draws, ``page`` fills ``page.html.j2``, ``card`` fills ``card.md.j2``. Nothing here needs the model, so a
 report can be drawn again later, on another machine, and while a run is still going.
+
+An evaluation has a page too: ``eval_views`` arranges its figures as rows, ``eval_words`` says what they mean,
+``eval_charts`` draws, ``eval_tables`` gathers, and ``eval_parts.html.j2`` holds the tables that ``eval_page`` and a
+run's report have in common. What a terminal shows is in the files that end in ``_screen``.
 """
 
 from __future__ import annotations

@@ -17,10 +17,11 @@ import yaml
 
 from medcot.records import Run
 from medcot.report import words
+from medcot.report.eval_views import build_pooled_topics, view_run
 from medcot.report.findings import build_findings
 from medcot.report.folder import Folder, read_folder
 from medcot.report.lineage import build_lineage, public_name
-from medcot.report.page import INTENDED_USE, build_topics, make_environment
+from medcot.report.page import INTENDED_USE, make_environment
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # The embedded weights are a 4-bit GGUF of this model, so this is their base model on the Hub.
@@ -30,7 +31,7 @@ _PROMPT_HERE = "\0prompt\0"
 _EVAL_ROWS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("Questions", "n", words.count),
     ("Accuracy", "accuracy", words.percent),
-    ("95\u202f% Wilson interval", "ci95", words.interval),
+    ("95\u202f% interval", "ci95", words.interval),
     ("No readable final answer", "unparsed", words.count),
     ("Thinking never closed", "unfinished", words.count),
     ("Mean thinking tokens", "mean_think_tokens", words.count),
@@ -62,7 +63,8 @@ def render_card(run: Run) -> str:
         eval_source=evaluation.get("source"),
         eval_rows=[(text, [form(side.get(key)) for side in sides.values()]) for text, key, form in _EVAL_ROWS],
         test_words=_test_words(evaluation) if len(sides) == 2 else "",
-        topics=build_topics(list(sides.items())),
+        view=view_run(evaluation),
+        topics=build_pooled_topics(list(sides.items()))[1],
         trained=_trained(folder),
         data_verdict=words.judge_data(folder.doctor) if folder.doctor else None,
         findings=build_findings(folder.doctor),
@@ -156,7 +158,8 @@ def _test_words(evaluation: Mapping[str, Any]) -> str:
     flips = ""
     if "gained" in evaluation and "lost" in evaluation:
         flips = f" {evaluation['gained']} went from wrong to right, {evaluation['lost']} from right to wrong."
-    return f"Paired comparison: exact two-sided McNemar {words.p_text(evaluation.get('p_value'))}.{flips}"
+    test = words.name_test(evaluation.get("after") or {})
+    return f"Paired comparison: {test}, two-sided, {words.p_text(evaluation.get('p_value'))}.{flips}"
 
 
 def _loading_code(source: str) -> str:

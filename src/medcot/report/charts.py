@@ -30,8 +30,10 @@ _COLOURS = {
     "#0a0006": "var(--second)",
     "#0a0007": "var(--bad)",
     "#0a0008": "var(--open)",
+    "#0a0009": "var(--answer)",
+    "#0a000a": "var(--sixth)",
 }
-INK, MUTED, LINE, BEFORE, AFTER, SECOND, BAD, OPEN = _COLOURS
+INK, MUTED, LINE, BEFORE, AFTER, SECOND, BAD, OPEN, ANSWER, SIXTH = _COLOURS
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
@@ -56,7 +58,7 @@ class Chart:
 
 
 def draw_accuracy(sides: Sequence[tuple[str, Mapping[str, Any]]]) -> Chart:
-    """Draw accuracy with its Wilson interval, one row a side, on an axis from 0 to 100 %.
+    """Draw accuracy with its interval, one row a side, on an axis from 0 to 100 %.
 
     Args:
         sides: ``("before" | "after", eval figures)`` pairs.
@@ -85,7 +87,8 @@ def draw_accuracy(sides: Sequence[tuple[str, Mapping[str, Any]]]) -> Chart:
     axes.set_ylim(-0.55, len(sides) - 0.45)
     axes.grid(axis="x", color=LINE, linewidth=0.8)
     reading = "; ".join(f"{name} {percent(side['accuracy'])} ({interval(side['ci95'])})" for name, side in sides)
-    return Chart("Accuracy with 95\u202f% Wilson intervals", reading, to_svg(figure, "accuracy", reading))
+    method = "Wilson " if all((side.get("seeds") or 1) == 1 for _, side in sides) else ""
+    return Chart(f"Accuracy with 95\u202f% {method}intervals", reading, to_svg(figure, "accuracy", reading))
 
 
 def draw_training(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:

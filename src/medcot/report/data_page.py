@@ -13,7 +13,7 @@ from typing import Any
 
 from medcot.errors import DataError
 from medcot.report import data_charts, words
-from medcot.report.evidence import NAMES, clean, make_visible
+from medcot.report.evidence import NAMES, clean, make_value_visible
 from medcot.report.findings import ORDER, FindingView, build_findings
 from medcot.report.lineage import build_lineage
 from medcot.report.page import draw_page
@@ -43,7 +43,7 @@ def render_data_page(report: Mapping[str, Any]) -> str:
             f"This medcot draws version {VERSION}",
             "Have the data doctor look again, or draw the page with the medcot that wrote the report",
         )
-    return draw_page("data_page.html.j2", build_context(report), finalize=_finalize)
+    return draw_page("data_page.html.j2", build_context(report), finalize=make_value_visible)
 
 
 def build_context(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,8 +118,3 @@ def _say(value: Any) -> str:
     if isinstance(value, float):
         return words.number(value)
     return words.count(value) if isinstance(value, int) else clean(str(value))
-
-
-def _finalize(value: Any) -> Any:
-    """Make visible whatever text the template prints; our own markup and drawings are no plain ``str``."""
-    return make_visible(value) if type(value) is str else value

@@ -8,29 +8,24 @@ the same, and a stream that carries ASCII only gets ASCII. Into a file or a pipe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from medcot import __version__
 from medcot.data.scan import Progress as ScanProgress
 from medcot.report import words
 from medcot.report.evidence import NAMES, Look, Passage, Piece, Shown, clean
 from medcot.report.findings import FindingView, build_findings
+from medcot.report.screen import Screen
 from medcot.train.progress import PLAIN_EVERY_S
 
 MAX_SHOWN = 2  # pieces of evidence a finding
 MAX_SPANS = 10
 
-_ASCII = {
-    "\N{MULTIPLICATION X}": "x", "\N{BLACK UP-POINTING TRIANGLE}": "!", "→": "->", "…": "...", "⟦": "[[", "⟧": "]]",
-}  # fmt: skip
 _STYLES = {"red": "bold red", "yellow": "yellow", "info": "dim"}
 _TONES = {"worse": "bold red", "open": "bold yellow", "better": "bold green"}
 _BEFORE_MARK = 24  # characters
@@ -46,7 +41,7 @@ class Diagnosed(Protocol):
 def print_diagnosis(diagnosed: Mapping[str, Any] | Diagnosed, console: Console) -> None:
     """Print what the doctor found; the argument is a diagnosis or the content of a data/report.json."""
     report = diagnosed if isinstance(diagnosed, Mapping) else diagnosed.report(__version__)
-    screen = _Screen(console)
+    screen = Screen(console)
     verdict = words.judge_data(report)
     screen.say((verdict.headline, _TONES.get(verdict.tone, "bold")))
     screen.say((verdict.sentence, ""))
@@ -103,47 +98,7 @@ def _say_progress(console: Console) -> Callable[[ScanProgress], None]:
     return say
 
 
-class _Screen:
-    """A console that takes plain text: nothing in it is markup, and what its stream cannot carry is replaced."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._is_ascii = console.options.ascii_only
-        self._dots = self.fit("…")
-
-    def fit(self, text: str) -> str:
-        """Return a text that the stream can carry."""
-        if not self._is_ascii:
-            return text
-        return "".join(_ASCII.get(char, char) for char in text).encode("ascii", "replace").decode()
-
-    def skip(self) -> None:
-        """Leave a line free."""
-        self._console.print()
-
-    def say(self, *parts: tuple[str, str], indent: int = 0) -> None:
-        """Print texts, each with its style, as a paragraph: indented as a whole on a terminal, one line elsewhere."""
-        text = Text.assemble(*((self.fit(part), style) for part, style in parts))
-        if self._console.is_terminal:
-            self._console.print(Padding(text, (0, 0, 0, indent)), highlight=False)
-        else:
-            self._console.print(Text(" " * indent) + text, soft_wrap=True, highlight=False)
-
-    def say_line(self, parts: Sequence[tuple[str, str]], indent: int) -> None:
-        """Print texts, each with its style, as one line that is cut at the window's edge."""
-        left = max(20, self._console.width - indent - 1)
-        line = Text(" " * indent)
-        for text, style in parts:
-            flat = self.fit(" ".join(text.split(" ")).replace("\n", " ").replace("\t", " "))
-            if cell_len(flat) > left:
-                line.append(set_cell_size(flat, max(0, left - cell_len(self._dots))).rstrip() + self._dots, style)
-                break
-            line.append(flat, style)
-            left -= cell_len(flat)
-        self._console.print(line, soft_wrap=True, highlight=False)
-
-
-def _print_finding(finding: FindingView, screen: _Screen) -> None:
+def _print_finding(finding: FindingView, screen: Screen) -> None:
     count = f"  {finding.count:,}" + (", accepted" if finding.is_accepted else "")
     style = _STYLES.get(finding.severity, "")
     screen.say((f"{finding.sign} {finding.severity:<7}", style), (finding.id, "bold"), (count, "dim"))
@@ -156,7 +111,7 @@ def _print_finding(finding: FindingView, screen: _Screen) -> None:
         _print_shown(shown, screen)
 
 
-def _print_shown(shown: Shown, screen: _Screen) -> None:
+def _print_shown(shown: Shown, screen: Screen) -> None:
     if shown.row:
         screen.say_line([(shown.row, "cyan")], 4)
     for passage in (*shown.captions, *shown.passages):

@@ -114,6 +114,11 @@ def make_visible(text: str) -> str:
     return "".join(map(_write_out, text))
 
 
+def make_value_visible(value: Any) -> Any:
+    """Make visible whatever text a template prints, at the last moment; our own markup is no plain ``str``."""
+    return make_visible(value) if type(value) is str else value
+
+
 def clean(text: str) -> str:
     """Return a text of the doctor's own, which can quote a row, masked and visible."""
     return make_visible(mask_identifiers(text)[0])

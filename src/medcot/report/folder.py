@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,18 @@ class Sample:
     prompt: str
     outcome: str | None
     parsed: str | None
-    completion: Completion
+    completion: Completion | None  # None where nothing was written, because it failed
+    task: str | None = None
+    control: str | None = None
+    seed: int | None = None
+    lenient_outcome: str | None = None
+    forced: bool = False  # thinking was closed for the model
+    error: str | None = None  # why it failed
+
+    @property
+    def key(self) -> tuple[str | None, str | None, str, int | None]:
+        """By what the same question is known before and after: several tasks and seeds may share an id."""
+        return self.task, self.control, self.id, self.seed
 
     @property
     def correct(self) -> bool:
@@ -78,8 +90,8 @@ class Folder:
 
     def pairs(self, kind: str) -> list[Pair]:
         """Return the questions of one kind, before and after side by side, in the order they were asked."""
-        before = {sample.id: sample for sample in self.before if sample.kind == kind}
-        after = {sample.id: sample for sample in self.after if sample.kind == kind}
+        before = {sample.key: sample for sample in self.before if sample.kind == kind}
+        after = {sample.key: sample for sample in self.after if sample.kind == kind}
         return [Pair(before.get(key), after.get(key)) for key in dict.fromkeys([*before, *after])]
 
 
@@ -101,8 +113,8 @@ def read_folder(run: Run) -> Folder:
         recipe_text=recipe_text,
         recipe=recipe,
         metrics=_read_lines(run.metrics, notes),
-        before=[_build_sample(line) for line in _read_lines(run.samples / "before.jsonl", notes)],
-        after=[_build_sample(line) for line in _read_lines(run.samples / "after.jsonl", notes)],
+        before=[build_sample(line) for line in _read_lines(run.samples / "before.jsonl", notes)],
+        after=[build_sample(line) for line in _read_lines(run.samples / "after.jsonl", notes)],
         quarantine_reasons=reasons.most_common(),
         doctor=_read_doctor(run, facts, recipe, notes),
         data_page=f"{run.data.name}/report.html" if (run.data / "report.html").is_file() else None,
@@ -178,8 +190,26 @@ def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     return lines
 
 
-def _build_sample(line: dict[str, Any]) -> Sample:
-    completion = Completion(
+def build_sample(line: Mapping[str, Any]) -> Sample:
+    """Return a line of ``samples/*.jsonl`` or of an evaluation's ``items/`` as a sample; what it lacks stays empty."""
+    names = ("topic", "gold", "outcome", "parsed", "task", "control", "lenient_outcome", "error")
+    texts = {key: None if line.get(key) is None else str(line[key]) for key in names}
+    return Sample(
+        kind=str(line.get("kind") or "ask"),
+        id=str(line.get("id") or line.get("question") or ""),
+        question=str(line.get("question") or ""),
+        prompt=str(line.get("prompt") or ""),
+        completion=_build_completion(line),
+        seed=line["seed"] if isinstance(line.get("seed"), int) else None,
+        forced=bool(line.get("forced", False)),
+        **texts,
+    )
+
+
+def _build_completion(line: Mapping[str, Any]) -> Completion | None:
+    if line.get("finish") is None and not line.get("text"):
+        return None
+    return Completion(
         text=str(line.get("text") or ""),
         think=str(line.get("think") or ""),
         answer=str(line.get("answer") or ""),
@@ -188,13 +218,4 @@ def _build_sample(line: dict[str, Any]) -> Sample:
         num_prompt_tokens=int(line.get("num_prompt_tokens") or 0),
         num_think_tokens=int(line.get("num_think_tokens") or 0),
         num_answer_tokens=int(line.get("num_answer_tokens") or 0),
-    )
-    texts = {key: None if line.get(key) is None else str(line[key]) for key in ("topic", "gold", "outcome", "parsed")}
-    return Sample(
-        kind=str(line.get("kind") or "ask"),
-        id=str(line.get("id") or line.get("question") or ""),
-        question=str(line.get("question") or ""),
-        prompt=str(line.get("prompt") or ""),
-        completion=completion,
-        **texts,
     )

@@ -17,6 +17,15 @@ from typing import Any
 from medcot.evaluate.style import measure_style
 from medcot.records import Run
 from medcot.report import charts, words
+from medcot.report.eval_tables import build_tables
+from medcot.report.eval_views import (
+    Model,
+    TopicRow,
+    View,
+    build_pooled_topics,
+    build_topics,
+    view_run,
+)
 from medcot.report.findings import build_findings
 from medcot.report.folder import Folder, Pair, Sample, read_folder
 from medcot.report.lineage import build_lineage
@@ -48,12 +57,16 @@ def render_report(run: Run) -> Path:
     Raises:
         DataError: the folder has no readable ``run.json``.
     """
-    page = draw_page("page.html.j2", build_context(read_folder(run), run.folder.name))
-    partial = run.report.with_suffix(".html.partial")
+    return write_page(run.report, draw_page("page.html.j2", build_context(read_folder(run), run.folder.name)))
+
+
+def write_page(path: Path, page: str) -> Path:
+    """Write a page whole, replacing an older one at once; return its path."""
+    partial = path.with_suffix(f"{path.suffix}.partial")
     # A lone surrogate, which JSON can carry and UTF-8 cannot, becomes a character reference and shows as U+FFFD.
     partial.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    os.replace(partial, run.report)
-    return run.report
+    os.replace(partial, path)
+    return path
 
 
 def draw_page(template: str, context: Mapping[str, Any], *, finalize: Callable[[Any], Any] | None = None) -> str:
@@ -72,6 +85,7 @@ def build_context(folder: Folder, folder_name: str) -> dict[str, Any]:
     facts = folder.facts
     evaluation = facts.get("eval") or {}
     sides = [(name, evaluation[name]) for name in ("before", "after") if evaluation.get(name)]
+    view = view_run(evaluation)
     return {
         "title": folder.recipe.get("name")
         or (facts["recipe"] if isinstance(facts.get("recipe"), str) else folder_name),
@@ -85,7 +99,9 @@ def build_context(folder: Folder, folder_name: str) -> dict[str, Any]:
         "eval": evaluation,
         "num_failed": sum(side.get("failed") or 0 for _, side in sides),
         "accuracy_chart": charts.draw_accuracy(sides) if sides else None,
-        "topics": build_topics(sides),
+        **build_tables(view),
+        "test_name": words.name_test(sides[0][1] if sides else {}),
+        "topics": build_topic_tables(view, sides),
         "training_charts": charts.draw_training(folder.metrics),
         "setup": build_setup(folder),
         "data": {name: part for name, part in _data_parts(facts).items() if name != "doctor"},
@@ -120,14 +136,14 @@ def build_doctor(folder: Folder) -> dict[str, Any] | None:
     }
 
 
-def build_topics(sides: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Return one row a topic: name, n, correct on each side (``None`` where that side is missing), in run order."""
-    rows: dict[str, dict[str, Any]] = {}
-    for name, side in sides:
-        for topic, counts in (side.get("topics") or {}).items():
-            row = rows.setdefault(topic, {"name": topic, "n": counts["n"], "before": None, "after": None})
-            row[name] = counts["correct"]
-    return list(rows.values())
+def build_topic_tables(
+    view: View, sides: Sequence[tuple[str, Mapping[str, Any]]]
+) -> list[tuple[str, Sequence[Model], list[TopicRow]]]:
+    """Return the topics of each task, or of all questions together where tasks are not told apart."""
+    if len(view.rows) > 1:
+        return [(row.task, view.models, rows) for row in view.rows if (rows := build_topics(row))]
+    models, rows = build_pooled_topics(sides)
+    return [("", models, rows)] if rows else []
 
 
 def build_setup(folder: Folder) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -144,7 +160,7 @@ def build_setup(folder: Folder) -> list[tuple[str, list[tuple[str, str]]]]:
         ("Outcome of training", _train_figures(train)),
         ("Machine", facts.get("machine")),
     ]
-    found = [(title, rows) for title, values in groups if (rows := _as_rows(values))]
+    found = [(title, rows) for title, values in groups if (rows := as_rows(values))]
     versions = facts.get("versions") or {}
     return [
         *found,
@@ -169,7 +185,8 @@ def _train_figures(train: Mapping[str, Any]) -> dict[str, Any]:
     return {**figures, **rest}
 
 
-def _as_rows(values: Any) -> list[tuple[str, str]]:
+def as_rows(values: Any) -> list[tuple[str, str]]:
+    """Return facts as labels and values, what is empty left out; a lone text has no label."""
     if isinstance(values, str):
         return [("", values)]
     if not isinstance(values, Mapping):
@@ -199,7 +216,7 @@ def build_style(
     columns = []
     for kind, title in [("ask", "Asked questions"), ("eval", "Graded questions")]:
         measured = {
-            name: measure_style([sample.completion for sample in samples if sample.kind == kind])
+            name: measure_style([done for sample in samples if sample.kind == kind and (done := sample.completion)])
             for name, samples in [("before", folder.before), ("after", folder.after)]
         }
         if kind == "eval":
@@ -264,6 +281,7 @@ def make_environment(*, autoescape: bool, finalize: Callable[[Any], Any] | None 
         number=words.number,
         seconds=words.seconds,
         interval=words.interval,
+        change_interval=words.change_interval,
         label=words.label,
     )
     return environment

@@ -30,6 +30,11 @@ def points(delta: float | None) -> str:
     return text if text == "0.0" else f"{'+' if delta > 0 else _MINUS}{text}"
 
 
+def size(delta: float) -> str:
+    """Return how large a difference of two shares is, in percentage points without a sign: ``"54.0"``."""
+    return f"{100 * abs(delta):.1f}"
+
+
 def p_text(p_value: float | None) -> str:
     """Return ``"p = 0.031"`` with two significant digits, or ``"p < 0.0001"``."""
     if p_value is None:
@@ -91,6 +96,20 @@ def interval(ci95: Any) -> str:
     return f"{100 * ci95[0]:.1f}\N{EN DASH}{100 * ci95[1]:.1f}{_THIN}%"
 
 
+def change_interval(ends: Any) -> str:
+    """Return a 95 % interval of a difference in points, from two ends or a mapping of ``low`` and ``high``."""
+    if isinstance(ends, Mapping):
+        ends = [ends.get("low"), ends.get("high")]
+    if not isinstance(ends, list | tuple) or len(ends) != 2 or None in ends:
+        return UNKNOWN
+    return f"{points(ends[0])} to {points(ends[1])}"
+
+
+def join(names: Sequence[str]) -> str:
+    """Return names as a list in a sentence: ``"a, b and c"``."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else "none"
+
+
 _LABELS = {
     "r": "Rank r",
     "rslora": "rsLoRA",
@@ -133,9 +152,9 @@ def label(key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the run proved: a word to print large, the sentence, and which of better, worse, open or none it is."""
+    """What the run proved: a word to print large, the sentence, and its tone."""
 
-    tone: str  # "better", "worse", "open", "none"
+    tone: str  # "better", "worse", "mixed", "open", "none"
     headline: str
     sentence: str
 
@@ -155,7 +174,7 @@ def judge(facts: Mapping[str, Any]) -> Verdict:
             f"Accuracy {side} training was {_accuracy(there)}; the run's status is “{status or 'not known'}”, and "
             "without the other side nothing can be said about the change.",
         )
-    return _judge_change(evaluation, before, after)
+    return _judge_run(evaluation, before, after)
 
 
 def judge_data(doctor: Mapping[str, Any]) -> Verdict:
@@ -167,13 +186,11 @@ def judge_data(doctor: Mapping[str, Any]) -> Verdict:
     yellow = [f for f in findings if f["severity"] == "yellow" and f.get("id") not in accepted]
     also = f" {_findings(len(yellow))} {'is' if len(yellow) == 1 else 'are'} for you to judge." if yellow else ""
     if overruled:
-        also += f" Red, but accepted by the recipe: {_join(overruled)}."
+        also += f" Red, but accepted by the recipe: {join(overruled)}."
     if "source_unreadable" in red:
         return Verdict("worse", "This source cannot be read", "Nothing in it was looked at.")
     if doctor.get("verdict") == "red":
-        what = (
-            f"{_findings(len(red))} {'stops' if len(red) == 1 else 'stop'} a run before its first step: {_join(red)}."
-        )
+        what = f"{_findings(len(red))} {'stops' if len(red) == 1 else 'stop'} a run before its first step: {join(red)}."
         remedy = " Do what it says under each, or accept it by name in data.accept."
         return Verdict("worse", "Red: this data stops a run", f"{what}{remedy}{also}")
     if doctor.get("verdict") == "yellow":
@@ -187,19 +204,22 @@ def _findings(number: int) -> str:
     return f"{number} finding{'' if number == 1 else 's'}"
 
 
-def _join(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else "none"
-
-
-def _judge_change(evaluation: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> Verdict:
+def _judge_run(evaluation: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> Verdict:
+    """Return the verdict on a change: of several tasks after Holm, of one the paired test's own."""
+    tasks = [part for part in (evaluation.get("tasks") or {}).values() if isinstance(part, Mapping)]
+    changes = [part["change"] for part in tasks if part.get("change")]
+    if changes and len(tasks) > 1:
+        return judge_changes([("the model before", "After training", changes)])
     delta, p_value = evaluation.get("delta"), evaluation.get("p_value")
+    if changes:
+        delta, p_value = changes[0]["delta"], changes[0]["p_adjusted"]
     if delta is None:
         delta = after["accuracy"] - before["accuracy"]
     change = (
         f"from {percent(before.get('accuracy'))} (95{_THIN}% interval {interval(before.get('ci95'))}) to "
         f"{percent(after.get('accuracy'))} ({interval(after.get('ci95'))}) on {count(after.get('n'))} questions"
     )
-    test = f"exact McNemar {p_text(p_value)}"
+    test = f"{name_test(after)} {p_text(p_value)}"
     if delta == 0:
         return Verdict("open", "No change can be told", f"Accuracy stayed the same, {change}; {test}.")
     if p_value is None or p_value >= SIGNIFICANCE:
@@ -208,8 +228,98 @@ def _judge_change(evaluation: Mapping[str, Any], before: Mapping[str, Any], afte
         headline = f"Whether it {'improved' if delta > 0 else 'got worse'} cannot be told"
         return Verdict("open", headline, f"Accuracy went {change}, but {why}; {test}.")
     if delta > 0:
-        return Verdict("better", f"Improved by {points(delta)[1:]} points", f"Accuracy improved {change}; {test}.")
-    return Verdict("worse", f"Got worse by {points(delta)[1:]} points", f"Accuracy got worse, {change}; {test}.")
+        return Verdict("better", f"Improved by {size(delta)} points", f"Accuracy improved {change}; {test}.")
+    return Verdict("worse", f"Got worse by {size(delta)} points", f"Accuracy got worse, {change}; {test}.")
+
+
+def name_test(score: Mapping[str, Any]) -> str:
+    """Return the name of the paired test that a score of one or several seeds is compared by."""
+    return "exact McNemar" if (score.get("seeds") or 1) == 1 else "sign-flip test over questions"
+
+
+# Several tasks, several models ----------------------------------------------------------------------------------------
+
+Change = Mapping[str, Any]  # one entry of scores.compare()["tasks"]
+BETTER, WORSE, NO_CHANGE = "better", "worse", "no detectable change"
+_MOST_NAMED, _MOST_IN_FULL = 6, 2  # tasks in a sentence
+
+
+def judge_changes(comparisons: Sequence[tuple[str, str, Sequence[Change]]]) -> Verdict:
+    """Return the verdict on some comparisons, each with the names of both sides and its tasks' changes, after Holm."""
+    found = [(was, now, sort_changes(changes)) for was, now, changes in comparisons]
+    if len(found) == 1:
+        was, now, groups = found[0]
+        tone, headline = _judge_groups(groups)
+        return Verdict(tone, headline, f"{now} against {was}: {_say_groups(groups)}.")
+    tones = {now: _judge_groups(groups)[0] for _, now, groups in found}
+    said = [
+        f"{kind}: {join([now for now in tones if tones[now] == tone])}"
+        for tone, kind in _KINDS.items()
+        if tone in tones.values()
+    ]
+    grave = {*tones.values()} - {"open"}
+    tone = "open" if not grave else grave.pop() if len(grave) == 1 else "mixed"
+    headline = f"Against {found[0][0]}, {'; '.join(said)}"
+    counted = [f"{now}: {_lower(_judge_groups(groups)[1])}." for _, now, groups in found]
+    return Verdict(tone, headline, " ".join(counted))
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def sort_changes(changes: Sequence[Change]) -> dict[str, list[Change]]:
+    """Return the verdict in words to the changes that have it."""
+    groups: dict[str, list[Change]] = {BETTER: [], WORSE: [], NO_CHANGE: []}
+    for change in changes:
+        groups[str(change["verdict"]) if str(change["verdict"]) in groups else NO_CHANGE].append(change)
+    return groups
+
+
+_KINDS = {"better": BETTER, "worse": WORSE, "mixed": "mixed over the tasks", "open": NO_CHANGE}
+
+
+def _judge_groups(groups: Mapping[str, Sequence[Change]]) -> tuple[str, str]:
+    better, worse, num_tasks = len(groups[BETTER]), len(groups[WORSE]), sum(map(len, groups.values()))
+    if better and worse:
+        return "mixed", f"Mixed: better on {better}, worse on {worse} of {num_tasks} tasks"
+    if not better and not worse:
+        return "open", f"No detectable change{f' on any of {num_tasks} tasks' if num_tasks > 1 else ''}"
+    tone = BETTER if better else WORSE
+    if num_tasks == 1:
+        (change,) = groups[tone]
+        return tone, f"{tone.capitalize()} by {size(change['delta'])} points"
+    return tone, f"{tone.capitalize()} on {better or worse} of {num_tasks} tasks"
+
+
+def _say_groups(groups: Mapping[str, Sequence[Change]]) -> str:
+    told = groups[BETTER], groups[WORSE]
+    is_brief = sum(map(len, told)) > _MOST_IN_FULL
+    said = []
+    for kind, changes in zip((BETTER, WORSE), told, strict=True):
+        if changes:
+            named = [_say_change(change, is_brief=is_brief) for change in changes[:_MOST_NAMED]]
+            more = len(changes) - len(named)
+            said.append(f"{kind} on {join([*named, f'{more} more'] if more else named)}")
+    same = groups[NO_CHANGE]
+    if said and same:
+        others = "the other task" if len(same) == 1 else f"the other {len(same)} tasks"
+        said.append(f"no detectable change on {others}")
+    elif same:
+        most = max(same, key=lambda change: abs(change["delta"]))
+        largest = "the largest difference is on " if len(same) > 1 else ""
+        said.append(f"{largest}{_say_change(most, is_brief=False)}")
+    return "; ".join(said)
+
+
+def _say_change(change: Change, *, is_brief: bool) -> str:
+    if is_brief:
+        return f"{change['task']} ({points(change['delta'])})"
+    before, after = (percent((change.get(side) or {}).get("accuracy")) for side in ("before", "after"))
+    return (
+        f"{change['task']} ({before} → {after}, {points(change['delta'])} points, 95{_THIN}% interval"
+        f" {change_interval(change.get('interval'))}, {p_text(change.get('p_adjusted'))})"
+    )
 
 
 def _accuracy(side: Mapping[str, Any]) -> str:

@@ -1,0 +1,326 @@
+"""The page of an evaluation says what its lines say, whatever is in them and whatever of them is missing."""
+
+import re
+from dataclasses import asdict, replace
+from functools import lru_cache
+
+import pytest
+import test_page
+from test_page import Elements, plain
+
+from made_lines import make_lines, make_respondent, make_task
+from medcot.evaluate.power import compute_plan
+from medcot.evaluate.results import Respondent, build_results
+from medcot.records import AnswerKind
+from medcot.report import eval_page
+from medcot.report.eval_page import render_evaluation
+from medcot.report.eval_views import build_letters, build_outcomes, build_topics, view_results
+from medcot.report.eval_words import (
+    describe_blank,
+    describe_calibration,
+    describe_letters,
+    describe_worth,
+    judge_evaluation,
+)
+from medcot.report.words import judge_changes
+
+# No markup, no formula, no template, no mark of direction may come through.
+EVIL = f"{test_page.EVIL} $\\alpha_{{$ \u202e\x1b[31m"
+MEDQA = make_task(num_items=80)
+PUBMEDQA = make_task("pubmedqa", 40, AnswerKind.YESNO)
+MEDCALC = make_task("medcalc-bench", 30, AnswerKind.NUMBER)
+CONTROLS = [replace(MEDQA, control=name) for name in ("rotate-1", "blank", "no-thinking")]
+KINDS = ("one", "two", "seeds", "many", "budgets", "failures", "nasty", "controls only")
+
+
+def fail(one):
+    nothing = dict.fromkeys(("text", "think", "answer"), "")
+    failed = {"outcome": "failed", "lenient_outcome": "failed", "parsed": None, "finish": None, **nothing}
+    return replace(one, lines=[{**line, **failed, "error": "TimeoutError: none came"} for line in one.lines])
+
+
+def poison(one):
+    def spoil(line):
+        spoilt = {key: f"{line[key]}{EVIL}" for key in ("topic", "question", "think", "answer", "task")}
+        return {**line, **spoilt, "error": EVIL, "parsed": line["parsed"] and line["parsed"] + EVIL}
+
+    tasks = {task + EVIL: {**facts, "sentences": [EVIL], "sha256": EVIL} for task, facts in one.tasks.items()}
+    return Respondent(one.name + EVIL, {"source": EVIL, EVIL: EVIL}, [spoil(line) for line in one.lines], tasks)
+
+
+def add_budgets(one, chances):
+    lines = [
+        line
+        for cap, chance in chances.items()
+        for line in make_lines(replace(MEDQA, control=f"budget-{cap}"), chance, cap=cap, rng_seed=len(one.name))
+    ]
+    return replace(one, lines=[*one.lines, *lines])
+
+
+def make_plan(tasks):
+    plans = [(task.base, compute_plan(len(task.items), num_tasks=len(tasks), effects=())) for task in tasks]
+    return [{"task": name, "sentence": plan.describe(), **asdict(plan)} for name, plan in plans]
+
+
+@lru_cache
+def make_case(kind):
+    """Return results, as results.json holds them, and the respondents they are of."""
+    respondents, extra = answer(kind)
+    return {**build_results(respondents), **extra}, respondents
+
+
+def answer(kind):
+    three, extra = [MEDQA, PUBMEDQA, MEDCALC], {}
+    if kind == "one":
+        extra = {"plan": make_plan(three), "settings": {"temperature": 0.6, "seeds": [0, 1]}, "status": "complete"}
+        extra |= {"timing": {"all": 12.5}, "machine": {"cores": 2}, "versions": {"medcot": "0.1"}, "suite": "medicine"}
+        return [make_respondent("base", 0.55, three)], extra
+    if kind == "two":
+        tasks = [*three, *CONTROLS]
+        return [make_respondent("base", 0.4, tasks), make_respondent("tuned", 0.7, tasks)], {"plan": make_plan(three)}
+    if kind == "seeds":
+        tasks = [MEDQA, CONTROLS[0]]
+        return [make_respondent(name, 0.5, tasks, seeds=range(3)) for name in ("base", "tuned")], extra
+    if kind == "many":
+        names = ["medqa", "medqa-5", "medmcqa", "mmlu-medical"]
+        tasks = [make_task(name, 30) for name in names]
+        models = [("base", 0.4), ("tuned", 0.9), ("worse one", 0.1), ("others", 0.4)]
+        return [make_respondent(name, accuracy, tasks) for name, accuracy in models], extra
+    if kind == "budgets":
+        models = [make_respondent(name, 0.5, [MEDQA]) for name in ("base", "tuned")]
+        return [add_budgets(one, {256: 0.2, 1024: 0.6, 2048: 0.61}) for one in models], extra
+    if kind == "failures":
+        extra = {"status": "failed", "error": "the server went away"}
+        return [fail(make_respondent("base", 0.5, [MEDQA])), make_respondent("tuned", 0.5, [MEDQA])], extra
+    if kind == "controls only":
+        return [make_respondent("base", 0.5, CONTROLS)], extra
+    one = dict.fromkeys(("status", "error", "suite", "created"), EVIL) | {"settings": {EVIL: EVIL}}
+    one |= {"timing": {EVIL: 2.0}, "plan": [{"task": MEDQA.base + EVIL, "sentence": EVIL}], "versions": {EVIL: EVIL}}
+    return [poison(make_respondent(name, 0.5, [MEDQA])) for name in ("base", "tuned")], one
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    found = {}
+    for kind in KINDS:
+        path = tmp_path_factory.mktemp("page") / "report.html"
+        assert render_evaluation(*make_case(kind), path, title=f"Of {kind}") == path
+        assert [it.name for it in path.parent.iterdir()] == ["report.html"]
+        found[kind] = path.read_text(encoding="utf-8")
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_file_that_asks_for_nothing_and_keeps_text_text(pages, kind):
+    elements = Elements(pages[kind])
+    assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & set(elements.tags)
+    assert not [key for _, key, _ in elements.attributes if key in {"src", "srcset", "action"} or key.startswith("on")]
+    ids = [value for _, key, value in elements.attributes if key == "id"]
+    links = [value for _, key, value in elements.attributes if key in {"href", "xlink:href"}]
+    assert len(ids) == len(set(ids)) and {link[1:] for link in links} <= set(ids)
+    assert "default-src 'none'" in pages[kind] and not re.search(r"url\((?!#)|@import", pages[kind])
+    assert "{{" not in pages[kind] or kind == "nasty"
+    for tag in ("details", "section", "div", "table", "span", "p", "ul"):
+        assert elements.tags.count(tag) == pages[kind].count(f"</{tag}>"), tag
+    assert len(pages[kind]) < 1_000_000
+
+
+def test_nasty_text_is_shown_and_does_nothing(pages):
+    assert "alert(1)" in plain(pages["nasty"]) and "{{ 7*7 }}" in plain(pages["nasty"])
+    assert "\\u202e" in pages["nasty"] and not set(pages["nasty"]) & {"\u202e", "\x1b"}
+
+
+def test_one_model_stands_against_the_floor(pages):
+    text = plain(pages["one"]).replace("\u202f", " ")
+    view = view_results(make_case("one")[0])
+    score = view.rows[0].scores[0]
+    assert f"medqa {100 * score['accuracy']:.1f} %" in text and "of always giving the commonest answer)" in text
+    assert "80 questions of 80, 4 options" in text and f"lenient {100 * score['lenient']['accuracy']:.1f} %" in text
+    assert "What these questions can show" in text and "is found with 80% probability" in text
+    assert "Questions that flipped" not in text and "minus" not in text
+    for option in ("--controls rotate", "--controls blank", "--controls no-thinking", "--budgets", "--seeds 4"):
+        assert f"{option}" in text
+    for fact in ("Temperature", "12 s", "Versions", "medicine", "results.json"):
+        assert fact in text
+    assert "Not all questions were answered" not in text
+
+
+def test_two_models_have_deltas_verdicts_flips_and_controls(pages):
+    text = plain(pages["two"]).replace("\u202f", " ")
+    results = make_case("two")[0]
+    (comparison,) = results["comparisons"]
+    change = comparison["tasks"][0]
+    assert "tuned against base: better on medqa" in text
+    assert f"+{100 * change['delta']:.1f}" in text and f"{100 * change['flip_rate']:.1f} % flipped" in text
+    for kind in ("gained", "lost"):
+        assert f"medqa: {kind}{change[kind]}" in text
+    assert "Answers that did not follow" in text and "Thinking makes no difference that can be told" in text
+    assert "the options give some away" in text
+    assert "--controls" not in text and "--budgets" in text
+    assert text.index("better on medqa") < text.index("Accuracy with 95") < text.index("It came to")
+    assert pages["two"].count('class="side before"') == pages["two"].count('class="side after"') > 20
+
+
+def test_groups_are_capped_and_say_where_the_rest_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_page, "MAX_FOLDED", 3)
+    results, respondents = make_case("two")
+    page = render_evaluation(results, respondents, tmp_path / "p.html").read_text()
+    total = results["comparisons"][0]["tasks"][0]["gained"]
+    assert page.count('class="item"') <= 3 * 6
+    assert f"{total - 3} more are lines of items/base/medqa.jsonl and items/tuned/medqa.jsonl." in plain(page)
+
+
+def test_many_models_are_compared_with_the_first(pages):
+    text = plain(pages["many"])
+    assert "Against base, better: tuned; worse: worse one; no detectable change: others" in text
+    assert "tuned: better on 4 of 4 tasks" in text
+    assert "not over the models" in text and "and minus base" in text
+
+
+def test_several_seeds_vote(pages):
+    text = plain(pages["seeds"]).replace("\u202f", " ")
+    score = make_case("seeds")[0]["scores"]["base"]["medqa"]
+    assert f"{100 * score['seed_flip_rate']:.1f} % of the questions change their verdict between two seeds" in text
+    assert f"the majority of 3 is right on {100 * score['votes']['majority']['3']:.1f} %" in text
+    assert "Calibration error" in text and "sign flips over questions" in text
+    assert 'id="majority-0-' in pages["seeds"] and 'id="calibration-0-' in pages["seeds"]
+    moved = pages["seeds"][pages["seeds"].index("Options that change places") :]
+    assert "–</td>" not in moved[: moved.index("</table>")], "that two seeds differ too is told"
+    assert "--seeds" not in text
+
+
+def test_budgets_are_drawn_and_one_recommended(pages):
+    text = plain(pages["budgets"])
+    assert "Serve with" in text and 'id="budgets-0-' in pages["budgets"] and "--budgets" not in text
+    assert all(f"{budget}" in text for budget in ("256", "1,024", "2,048"))
+
+
+def test_failures_are_said_with_their_reason(pages):
+    text = plain(pages["failures"])
+    assert "No answer came from base" in text and "80 × TimeoutError: none came" in text
+    assert "The evaluation stopped: the server went away" in text and "Not all questions were answered" in text
+    assert "Generation failed; there is no text." in text
+
+
+def test_controls_alone_make_a_page(pages):
+    text = plain(pages["controls only"])
+    assert "No graded answers" in text and "Options without the question" in text
+
+
+def test_a_task_that_one_side_lacks_is_named(tmp_path):
+    respondents = [make_respondent("base", 0.5, [MEDQA, PUBMEDQA]), make_respondent("tuned", 0.5, [MEDQA])]
+    page = render_evaluation(build_results(respondents), respondents, tmp_path / "p.html").read_text()
+    assert "tuned against base: no question of pubmedqa was put to both" in plain(page)
+    assert "–" in plain(page)
+
+
+def test_every_share_of_answers_adds_up():
+    view = view_results(make_case("two")[0])
+    outcomes = build_outcomes(view)
+    assert len(outcomes) == 6
+    assert all(sum(line.shares.values()) == pytest.approx(1) for line in outcomes)
+    assert min(outcomes[0].shares.values()) > 0 and outcomes[0].cut == outcomes[0].shares["unfinished"]
+    topics = build_topics(view.rows[0])
+    assert (
+        sum(topic.changes[0] for topic in topics) == view.rows[0].changes[0]["gained"] - view.rows[0].changes[0]["lost"]
+    )
+
+
+def _change(task, delta, verdict, before=0.5):
+    sides = {"before": {"accuracy": before}, "after": {"accuracy": before + delta}}
+    interval = {"low": delta - 0.05, "high": delta + 0.05}
+    return {"task": task, "delta": delta, "verdict": verdict, "interval": interval, "p_adjusted": 0.01, **sides}
+
+
+UP, DOWN, SAME = _change("a", 0.2, "better"), _change("b", -0.1, "worse"), _change("c", 0.03, "no detectable change")
+
+
+@pytest.mark.parametrize(
+    ("changes", "tone", "headline", "says"),
+    [
+        ([UP], "better", "Better by 20.0 points", "better on a (50.0 % → 70.0 %, +20.0 points"),
+        ([DOWN], "worse", "Worse by 10.0 points", "worse on b"),
+        ([SAME], "open", "No detectable change", "c (50.0 % → 53.0 %, +3.0 points, 95 % interval −2.0 to +8.0"),
+        ([UP, SAME], "better", "Better on 1 of 2 tasks", "no detectable change on the other task"),
+        ([UP, DOWN, SAME], "mixed", "Mixed: better on 1, worse on 1 of 3 tasks", "worse on b (50.0 % → 40.0 %"),
+        ([SAME, SAME], "open", "No detectable change on any of 2 tasks", "the largest difference is on c"),
+        ([UP] * 9, "better", "Better on 9 of 9 tasks", "a (+20.0) and 3 more"),
+    ],
+)  # fmt: skip
+def test_the_verdict_counts_tasks_after_holm(changes, tone, headline, says):
+    verdict = judge_changes([("base", "tuned", changes)])
+    assert (verdict.tone, verdict.headline) == (tone, headline)
+    assert says in verdict.sentence.replace("\u202f", " ")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "tone"),
+    [([UP, SAME], "better"), ([SAME, SAME], "open"), ([UP, DOWN], "mixed"), ([DOWN, DOWN], "worse")],
+)
+def test_several_models_have_one_tone(kinds, tone):
+    assert judge_changes([("base", f"m{place}", [kind]) for place, kind in enumerate(kinds)]).tone == tone
+
+
+def _letters(chosen, gold):
+    from medcot.evaluate.letters import count_letters
+
+    letters = asdict(count_letters(list(chosen), list(gold)))
+    score = {"n": len(gold), "letters": letters}
+    found = view_results({"models": [{"name": "m"}], "scores": {"m": {"t": score}}})
+    return describe_letters(build_letters(found)[0])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "gold", "says"),
+    [
+        ("A" * 60 + "B" * 20, "AB" * 40, "Leans: 25.0 % would have to move"),
+        ("AB" * 40, "AB" * 40, "No lean seen"),
+        ("C" * 8, "AB" * 4, "never right"),
+        ("AB", "AB", "Too few to tell"),
+        ("AA", "AA", "One choice only"),
+        ([None] * 4, "ABAB", "No answer had a choice"),
+        ([*("AB" * 20), None], "AB" * 20 + "A", "1 answer could not be read"),
+    ],
+)
+def test_a_lean_to_a_letter_in_words(chosen, gold, says):
+    assert says in _letters(chosen, gold).replace("\u202f", " ")
+
+
+@pytest.mark.parametrize(
+    ("ci95", "tone", "says"),
+    [([0.31, 0.5], "none", ", above the 30.0 % of always"), ([0.2, 0.5], "open", "which is not above the 30.0 %")],
+)
+def test_one_model_must_be_above_the_floor_with_its_whole_interval(ci95, tone, says):
+    letters = {"letters": {"always_commonest": 0.3}}
+    score = {"n": 50, "answers": 50, "failed": 0, "accuracy": 0.4, "ci95": ci95, **letters}
+    results = {"models": [{"name": "m"}], "scores": {"m": {"medqa": score}}}
+    verdict = judge_evaluation(view_results(results), results)
+    assert (verdict.tone, verdict.headline.replace("\u202f", " ")) == (tone, "40.0 % on medqa")
+    assert says in verdict.sentence.replace("\u202f", " ")
+
+
+def test_controls_in_words():
+    floor = {"letters": {"always_commonest": 0.3}}
+    assert "Above the 30.0" in describe_blank({"ci95": [0.31, 0.5]}, floor)
+    assert "Below the 30.0" in describe_blank({"ci95": [0.1, 0.29]}, floor)
+    assert (
+        "No different" in describe_blank({"ci95": [0.2, 0.4]}, floor) and describe_blank({"ci95": [0, 1]}, None) == ""
+    )
+    change = {"delta": -0.2, "interval": {"low": -0.3, "high": -0.1}, "p_value": 0.001}
+    assert describe_worth(change).startswith("Thinking gains accuracy: +20.0 points (+10.0 to +30.0), p")
+    assert "costs" in describe_worth(change | {"delta": 0.2}) and "no difference" in describe_worth(
+        change | {"p_value": 0.5}
+    )
+
+
+def test_calibration_says_which_way():
+    row = {"share": 0.5, "n": 40, "correct": 0.9, "low": 0.8, "high": 0.95}
+    off = {"n": 40, "table": [row], "ece": 0.4, "ece_if_calibrated": 0.06}
+    assert "right more often than its share" in describe_calibration(off)
+    assert "right less often" in describe_calibration(off | {"table": [row | {"correct": 0.1}]})
+    assert "no sign" in describe_calibration(off | {"ece": 0.05})
+
+
+def test_the_same_results_give_the_same_bytes(tmp_path):
+    first, second = (render_evaluation(*make_case("budgets"), tmp_path / f"{n}.html").read_bytes() for n in (1, 2))
+    assert first == second

@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -169,9 +169,9 @@ class Job:
         rows = planning.encode_examples(planning.read_examples(recipe), recipe, loaded.tokenizer).rows[:num_rows]
         self.rows = rows
         self.batch = flatten_rows(rows)
-        self.tuned: Any = model.attach_lora(loaded).eval().float()
+        self.tuned = cast(Any, model.attach_lora(loaded).eval().float())
         assert engine.accelerate(self.tuned).fast
-        fast: Any = engine.engine_of(self.tuned)
+        fast = engine.engine_of(self.tuned)
         assert fast is not None
         self.fast = fast
         self.head_VD: Tensor = self.tuned.get_base_model().lm_head.weight.detach()

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def build_context(results: Mapping[str, Any], respondents: Sequence[Respondent],
         "status": results.get("status"),
         "error": results.get("error"),
         "suite": _join_suite(results.get("suite")),
-        "created": results.get("created"),
+        "kind": results.get("kind") or "evaluation",
+        "created": _say_when(results.get("created")),
         **build_tables(view),
         "verdict": eval_words.judge_evaluation(view, results),
         "notes": build_notes(results),
@@ -88,6 +90,14 @@ def build_context(results: Mapping[str, Any], respondents: Sequence[Respondent],
         "files": [(RESULTS, "every figure"), (f"{ITEMS}/", "every answer, a line each"), (REPORT, "this page")],
         "intended_use": INTENDED_USE,
     }
+
+
+def _say_when(created: Any) -> str:
+    """Return an ISO time to the minute, as people write it; what is none stays as it is."""
+    try:
+        return f"{datetime.fromisoformat(str(created)).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    except ValueError:
+        return str(created or "")
 
 
 def _join_suite(suite: Any) -> str:

@@ -405,4 +405,4 @@ def test_only_the_tutorial_trains_on_the_prompt():
 
 def test_every_recipe_is_judged_on_the_clinic():
     for name in list_recipes():
-        assert load_recipe(name).evaluate.source == "builtin:clinic:100", name
+        assert "builtin:clinic:100" in (load_recipe(name).evaluate.source or ""), name

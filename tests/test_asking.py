@@ -205,6 +205,7 @@ def test_a_base_is_known_by_all_that_its_answers_depend_on(tiny_folder, tmp_path
     loaded = load(str(tiny_folder), precision="fp32", max_seq_length=64)
     name = asking.name_base(loaded, accelerated=True)
     assert name == asking.name_base(loaded, accelerated=True) != asking.name_base(loaded, accelerated=False)
+    assert name == asking.name_base(replace(loaded, source="by another path"), accelerated=True)
     (tmp_path / "model.safetensors").write_bytes(b"other")
     assert asking.name_base(replace(loaded, resolved=str(tmp_path)), accelerated=True) != name
     assert asking.name_base(replace(loaded, revision="c0ffee"), accelerated=True) != name
@@ -217,3 +218,18 @@ def test_the_longest_prompt_is_counted_and_one_that_cannot_be_put_is_not(tokeniz
     assert longest == max(len(prompt.encode_prompt(item.prompt, style, tokenizer)) for item in task.items)
     forged = Task("f.jsonl", (Item(PROBLEMS[0], "</think>" * 999),), "0" * 64, 1)
     assert asking.count_prompt_tokens([task, forged], style, tokenizer) == longest
+
+
+def test_weights_on_disk_are_known_by_what_is_in_them(tmp_path):
+    import os
+
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(3_000_000))
+    stamp = asking.stamp_weights(tmp_path)
+    (tmp_path / "README.md").write_text("a log beside it")
+    os.utime(weights, (1, 1))
+    assert asking.stamp_weights(tmp_path) == stamp
+    changed = bytearray(3_000_000)
+    changed[::1000] = b"x" * 3000
+    weights.write_bytes(bytes(changed))
+    assert asking.stamp_weights(tmp_path) != stamp

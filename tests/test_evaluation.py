@@ -133,7 +133,10 @@ def test_rounds_are_the_task_its_controls_and_budgets_from_the_largest() -> None
     likeliest = replace(settings, limits=Limits(9, 9, Ending.LIKELIHOOD))
     found = plan_rounds(sums, likeliest)
     assert found[0].limits.ending is Ending.FORCED, "numbers have no choices to compare"
-    assert [one.task.control for one in found[1:2]] == ["no-thinking"], "and no options to turn round"
+    assert "forced" in found[0].notes[0]
+    empty = [one for one in found if not one.task.items]
+    assert [one.task.control for one in empty] == ["rotate", "blank"], "and no options to turn round"
+    assert all("No" in one.notes[0] for one in empty)
 
 
 def test_controls_and_budgets_of_a_real_model_are_in_the_results(run_folder: Path, tmp_path: Path) -> None:
@@ -155,6 +158,73 @@ def test_folders_of_runs_and_evaluations_are_compared(run_folder: Path, tmp_path
     assert (tmp_path / "both" / "report.html").is_file() and len(read_respondents(run_folder)) == 2
     with pytest.raises(DataError, match=r"neither results\.json nor run\.json"):
         compare([tmp_path])
+
+
+def test_two_runs_are_each_compared_with_their_base_and_with_each_other(
+    run_folder: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    graded = ("evaluate=builtin:clinic:6", "evaluate.max_new_tokens=8", "evaluate.reuse=false")
+    run_job(recipe_file, tmp_path / "other", *graded, "train.max_steps=2")
+    found = compare([run_folder, tmp_path / "other"], console=Console(file=io.StringIO()))
+    base = found["models"][0]["name"]
+    pairs = [(it["before"], it["after"]) for it in found["comparisons"]]
+    assert pairs == [(base, "tuned"), (base, "other"), ("tuned", "other")] and found["notes"] == []
+
+
+def test_what_was_asked_otherwise_is_said(run_folder: Path, tmp_path: Path) -> None:
+    who = choose_run(run_folder)
+    for tokens, name in ((8, "short"), (12, "long")):
+        look("builtin:clinic:6", who, replace(SETTINGS, limits=Limits(tokens, 8)), tmp_path / name)
+    found = compare([tmp_path / "short", tmp_path / "long"], out=tmp_path / "both", console=Console(file=io.StringIO()))
+    assert any("tokens 16 against 20" in note for note in found["notes"])
+    with pytest.raises(OutputError, match="something else than a comparison"):
+        compare([tmp_path / "short", tmp_path / "long"], out=tmp_path / "short", console=Console(file=io.StringIO()))
+    with pytest.raises(DataError, match="none of its own"):
+        compare([tmp_path / "both", tmp_path / "short"], console=Console(file=io.StringIO()))
+
+
+def test_an_adapter_that_changes_nothing_is_still_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_answerers(*_: Any) -> Iterator[Answerer]:
+        yield Answerer("base", {"source": "m"}, Dying(None), "m", None)
+        yield Answerer("tuned", {"source": "m", "adapter_sha256": "a"}, Dying(None), "m", "a", "base")
+
+    monkeypatch.setattr(evaluation, "open_answerers", open_answerers)
+    facts, output = look("builtin:general:60", Choice("x", adapter="y"), SETTINGS, tmp_path / "out")
+    (change,) = facts["comparisons"]
+    assert change["tasks"][0]["verdict"] == "no detectable change" and facts["status"] == "complete"
+    assert "no detectable change" in output.lower() and (tmp_path / "out" / "report.html").is_file()
+    assert len(compare([tmp_path / "out"], console=Console(file=io.StringIO()))["models"]) == 2
+
+
+def test_what_a_server_cannot_be_asked_is_said_before_anything_is_paid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Server(Dying):
+        def prompt_of(self, request: Request) -> str:
+            if request.limits.ending is not Ending.WRITTEN:
+                raise ModelError("a server", "cannot be asked", "Leave it out")
+            return super().prompt_of(request)
+
+    server = Server(None)
+    monkeypatch.setattr(evaluation, "open_answerers", lambda *_: iter([Answerer("s", {}, server, "s", None)]))
+    with pytest.raises(ModelError):
+        look("builtin:clinic:3", Choice("x"), replace(SETTINGS, budgets=(8,)), tmp_path / "out")
+    assert server.asked == 0
+
+
+def test_answers_of_a_server_on_this_machine_are_kept_in_the_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    answerer = Answerer("s", {}, Dying(None), "s", None, keeps=False)
+    monkeypatch.setattr(evaluation, "open_answerers", lambda *_: iter([answerer]))
+    _, output = look("builtin:clinic:3", Choice("x"), SETTINGS, tmp_path / "out")
+    assert not cache.exists() and (tmp_path / "out" / "answers.jsonl").is_file() and "goes on with them" in output
+
+
+def test_a_base_and_an_adapter_of_one_name_are_two(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    assert answering._name_both(Choice(str(tmp_path / "adapter"), adapter="x")) == ("adapter", "adapter, tuned")
+    assert answering._name_both(Choice("org/m", adapter="x", name="mine")) == ("org/m", "mine")
 
 
 def test_what_could_not_be_meant_is_refused(run_folder: Path, tmp_path: Path) -> None:
@@ -181,6 +251,11 @@ def test_vllm_answers_with_and_without_the_adapter(run_folder: Path, monkeypatch
     module = SimpleNamespace(__version__="0", LLM=llm, lora=SimpleNamespace(request=request))
     monkeypatch.setattr(vllm_writer, "load_vllm", lambda: module)
     who = replace(choose_run(run_folder), engine=answering.Engine.VLLM)
+    with pytest.raises(ModelError, match="fp32"):
+        list(answering.open_answerers(who, [], Limits(8, 8)))
+    who = replace(who, precision="auto")
+    with pytest.raises(ModelError, match="likelihoods"):
+        list(answering.open_answerers(who, [], Limits(8, 8, Ending.LIKELIHOOD)))
     base, tuned = answering.open_answerers(who, [], Limits(8, 8))
     assert len(made) == 1 and made[0]["enable_lora"], "one model in memory serves both"
     assert base.adapter_sha256 is None and tuned.adapter_sha256 is not None and base.model == tuned.model
@@ -211,6 +286,9 @@ def test_the_command_passes_on_what_it_was_told(monkeypatch: pytest.MonkeyPatch,
         (["--model", "embedded", "--ending", "forcd"], "forced"),
         (["--model", "embedded", "--budgets", "many"], "--budgets holds 'many'"),
         (["--model", "m", "--endpoint", "http://127.0.0.1:9/v1", "--price", "1"], "two numbers"),
+        (["--model", "m", "--endpoint", "http://127.0.0.1:9/v1", "--engine", "vllm"], "together with --engine"),
+        (["--model", "embedded", "--rpm", "9"], "no --endpoint together with --rpm"),
+        (["--model", "embedded", "--budgets", "256.9"], "whole numbers"),
     ],
 )
 def test_the_command_says_what_is_wrong(options: list[str], words: str) -> None:

@@ -13,10 +13,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medcot.asking import ADAPTER_FILES, count_prompt_tokens, hash_adapter, name_base
+from medcot.asking import ADAPTER_FILES, count_prompt_tokens, hash_adapter, name_base, stamp_weights
 from medcot.errors import ModelError
-from medcot.evaluate.backends import Backend, Limits
-from medcot.evaluate.endpoint import Endpoint, EndpointBackend
+from medcot.evaluate.backends import Backend, Ending, Limits
+from medcot.evaluate.endpoint import Endpoint, EndpointBackend, is_this_machine
+from medcot.evaluate.results import read_json, slug
 from medcot.evaluate.servers import find_server
 from medcot.evaluate.tasks import Task
 from medcot.prompt import Style
@@ -78,6 +79,8 @@ class Answerer:
         backend: answers.
         model: what the store knows it by, without its adapter.
         adapter_sha256: of the adapter.
+        base: the name of its plain base, asked before it; ``None`` of a base.
+        keeps: whether its answers may be found by a later evaluation: whoever goes by this name is the same.
     """
 
     name: str
@@ -85,6 +88,8 @@ class Answerer:
     backend: Backend
     model: str
     adapter_sha256: str | None
+    base: str | None = None
+    keeps: bool = True
 
 
 def choose_run(folder: Path) -> Choice:
@@ -94,20 +99,21 @@ def choose_run(folder: Path) -> Choice:
         ModelError: the folder holds no adapter.
     """
     run = Run(folder)
-    if not run.recipe.is_file() or not all((run.adapter / name).is_file() for name in ADAPTER_FILES):
+    needed = (run.recipe, run.facts, *(run.adapter / name for name in ADAPTER_FILES))
+    if not all(path.is_file() for path in needed):
         raise ModelError(
             f"'{folder}' holds no trained adapter",
             "A run keeps its recipe and its adapter",
             "Name a finished run, such as runs/latest, or a model with --model",
         )
-    recipe = load_recipe(run.recipe)
+    recipe, base = load_recipe(run.recipe), read_json(run.facts)["model"]  # the very base that it was trained on
     return Choice(
         recipe.model.source,
         adapter=str(run.adapter),
         name=run.folder.resolve().name,
         style=Style(recipe.prompt.style),
-        revision=recipe.model.revision,
-        precision=recipe.model.precision.value,
+        revision=base.get("revision") or recipe.model.revision,
+        precision=base.get("precision") or recipe.model.precision.value,
         accelerate=recipe.train.accelerate,
         allow_pickle=recipe.model.allow_pickle,
         trust_remote_code=recipe.model.trust_remote_code,
@@ -128,7 +134,7 @@ def open_answerers(who: Choice | Endpoint, tasks: Sequence[Task], limits: Limits
     if isinstance(who, Endpoint):
         yield _of_endpoint(who)
     elif who.engine is Engine.VLLM:
-        yield from _open_vllm(who)
+        yield from _open_vllm(who, limits)
     else:
         yield from _open_local(who, tasks, limits)
 
@@ -142,7 +148,10 @@ def _of_endpoint(endpoint: Endpoint) -> Answerer:
         "base_url": endpoint.base_url,
         "notes": list(server.notes),
     }
-    return Answerer(endpoint.model, facts, EndpointBackend(endpoint), f"{endpoint.base_url} {endpoint.model}", None)
+    # The next model behind an address of this machine may go by the same name.
+    keeps = not is_this_machine(endpoint.base_url)
+    known_as = f"{endpoint.base_url} {endpoint.model}"
+    return Answerer(endpoint.model, facts, EndpointBackend(endpoint), known_as, None, keeps=keeps)
 
 
 def _open_local(choice: Choice, tasks: Sequence[Task], limits: Limits) -> Iterator[Answerer]:
@@ -173,35 +182,62 @@ def _open_local(choice: Choice, tasks: Sequence[Task], limits: Limits) -> Iterat
         return TokenBackend(ModelWriter(model, loaded.tokenizer), loaded.tokenizer, choice.style, batch_size=together)
 
     facts = {**_describe(loaded), "backend": choice.engine.value, "style": choice.style.value, "together": together}
-    yield Answerer(_name_source(choice), {**facts, "adapter": None}, build(loaded.model), name, None)
+    base, tuned = _name_both(choice)
+    yield Answerer(base, {**facts, "adapter": None}, build(loaded.model), name, None)
     if choice.adapter is not None:
         adapter = find_adapter(choice.adapter)
         engine.release(loaded.model)
         digest = hash_adapter(adapter)
         facts = {**facts, "adapter": choice.adapter, "adapter_sha256": digest}
-        yield Answerer(choice.name, facts, build(load_adapter(loaded, adapter)), name, digest)
+        yield Answerer(tuned, facts, build(load_adapter(loaded, adapter)), name, digest, base)
 
 
-def _open_vllm(choice: Choice) -> Iterator[Answerer]:
+def _open_vllm(choice: Choice, limits: Limits) -> Iterator[Answerer]:
     from medcot.evaluate.local import TokenBackend
     from medcot.evaluate.vllm_writer import VllmWriter, load_vllm
     from medcot.model import load_tokenizer, read_adapter_config
+    from medcot.weights import find_weights
 
+    _check_vllm(choice, limits)
     module = load_vllm()
     adapter = None if choice.adapter is None else find_adapter(choice.adapter)
     rank = 16 if adapter is None else int(read_adapter_config(adapter)["r"])
-    tokenizer = load_tokenizer(choice.source, revision=choice.revision, trust_remote_code=choice.trust_remote_code)
-    tuned = VllmWriter(module, choice.source, adapter=adapter, adapter_rank=rank, revision=choice.revision)
-    facts = {"source": choice.source, "revision": choice.revision, "backend": "vllm", "style": choice.style.value}
-    name = f"vllm {module.__version__} {choice.source} {choice.revision}"
+    allowed: dict[str, Any] = {"allow_pickle": choice.allow_pickle, "trust_remote_code": choice.trust_remote_code}
+    weights = find_weights(choice.source, revision=choice.revision, config_only=True, **allowed)
+    tokenizer = load_tokenizer(choice.source, revision=choice.revision, **allowed)
+    writer = VllmWriter(module, choice.source, adapter=adapter, adapter_rank=rank, revision=weights.commit)
+    stamp = f"{choice.source}@{weights.commit}" if weights.commit else stamp_weights(weights.folder)
+    facts = {"source": choice.source, "revision": weights.commit, "backend": "vllm", "style": choice.style.value}
+    known_as = f"vllm {module.__version__} {stamp}"
     together = choice.batch_size or MOST_TOGETHER["cuda"]
-    for writer, known_as, digest in (
-        (tuned.without_adapter(), _name_source(choice), None),
-        *([(tuned, choice.name, hash_adapter(adapter))] if adapter is not None else []),
-    ):
+    base, tuned = _name_both(choice)
+    plain = TokenBackend(writer.without_adapter(), tokenizer, choice.style, batch_size=together)
+    yield Answerer(base, {**facts, "adapter": None}, plain, known_as, None)
+    if adapter is not None:
+        digest = hash_adapter(adapter)
+        facts = {**facts, "adapter": choice.adapter, "adapter_sha256": digest}
         backend = TokenBackend(writer, tokenizer, choice.style, batch_size=together)
-        named = choice.adapter if digest else None
-        yield Answerer(known_as, {**facts, "adapter": named, "adapter_sha256": digest}, backend, name, digest)
+        yield Answerer(tuned, facts, backend, known_as, digest, base)
+
+
+def _check_vllm(choice: Choice, limits: Limits) -> None:
+    """Refuse what vLLM would do otherwise than asked.
+
+    Raises:
+        ModelError: a precision of ours, or likelihoods.
+    """
+    if choice.precision not in ("auto", "bf16", "fp16"):
+        raise ModelError(
+            f"vLLM was asked to hold weights in {choice.precision}",
+            "It holds them as their checkpoint says",
+            "Add --precision auto, or take the local engine",
+        )
+    if limits.ending is Ending.LIKELIHOOD:
+        raise ModelError(
+            "vLLM was asked for likelihoods",
+            "It tells those of the likeliest tokens only, and a choice may not be among them",
+            "Take the local engine, or --ending forced",
+        )
 
 
 def find_adapter(text: str) -> Path:
@@ -242,6 +278,8 @@ def _describe(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
-def _name_source(choice: Choice) -> str:
+def _name_both(choice: Choice) -> tuple[str, str]:
+    """Return what the base and the tuned model go by: names, and names of files, that differ."""
     path = Path(choice.source)
-    return path.name if path.exists() else choice.source
+    base = path.resolve().name if path.exists() else choice.source
+    return base, choice.name if slug(choice.name) != slug(base) else f"{choice.name}, tuned"

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 ASK_BATCH = 16
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+STAMPED = {".safetensors", ".gguf", ".bin", ".json", ".model", ".jinja"}
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 FLIP_RATE = 0.2  # share of questions assumed to change, for what can be shown
 DECODING = 1  # to be raised when the same model would write other answers than before, so that old ones are not found
 
@@ -170,7 +172,7 @@ def grade_recipe_tasks(
     *,
     batch_size: int,
     own_store: Path,
-) -> list[Line]:
+) -> tuple[list[Line], int]:
     """Put a recipe's graded questions to its model as it stands now.
 
     Args:
@@ -182,6 +184,9 @@ def grade_recipe_tasks(
         console: shows how far it is.
         batch_size: questions answered together.
         own_store: where answers are kept if the recipe wants none of other runs.
+
+    Returns:
+        The lines, and how many answers an earlier run or evaluation had already.
     """
     stage = recipe.evaluate
     backend = TokenBackend(
@@ -193,9 +198,10 @@ def grade_recipe_tasks(
     name = name_base(loaded, accelerated=recipe.train.accelerate)
     digest = None if adapter is None else hash_adapter(adapter)
     lines: list[Line] = []
+    num_asked = 0
     with AnswerStore(store_path(name, digest) if stage.reuse else own_store) as store:
         for task in tasks:
-            found, _ = grade_task(
+            found, asked = grade_task(
                 backend,
                 task,
                 sampling=Sampling(stage.temperature, stage.top_p),
@@ -207,7 +213,8 @@ def grade_recipe_tasks(
                 label=task.name,
             )
             lines += found
-    return lines
+            num_asked += asked
+    return lines, len(lines) - num_asked
 
 
 def count_prompt_tokens(tasks: Sequence[Task], style: prompt.Style, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -231,13 +238,10 @@ def plan_comparison(tasks: Sequence[Task], *, seeds: int, flip_rate: float = FLI
 def name_base(loaded: LoadedModel, *, accelerated: bool) -> str:
     """Return all that its answers depend on: weights, precision, and the path that computes them.
 
-    A Hub model goes by its commit. Weights on disk go by the names, sizes and times of their files: reading 16 GB to
-    hash them would take longer than asking again, which is all that a changed time costs.
+    A Hub model goes by its commit, weights on disk by ``stamp_weights``.
     """
-    weights = loaded.revision or _stamp(Path(loaded.resolved))
     facts = {
-        "source": loaded.source,
-        "weights": weights,
+        "weights": loaded.resolved if loaded.revision else stamp_weights(Path(loaded.resolved)),
         "precision": loaded.precision,
         "dtype": str(loaded.dtype),
         "device": loaded.device.type,
@@ -247,10 +251,23 @@ def name_base(loaded: LoadedModel, *, accelerated: bool) -> str:
     return json.dumps(facts, sort_keys=True)
 
 
-def _stamp(path: Path) -> str:
+def stamp_weights(path: Path) -> str:
+    """Return what tells weights on disk from others, without reading 16 GB: a hash of samples of every file.
+
+    Of each file of weights, configuration or tokenizer: name, size, and ``SAMPLES`` pieces spread over it, which are
+    all of a small one. Training changes nearly every byte, so that no pieces would be left alone by it; a file's time
+    says nothing, since copying changes it and some systems set it to one value.
+    """
+    digest = hashlib.sha256()
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-    facts = [(file.name, (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    for file in (file for file in files if file.suffix in STAMPED):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as opened:
+            for piece in range(SAMPLES):
+                opened.seek(piece * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
+                digest.update(opened.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def hash_adapter(folder: Path) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from medcot.evaluate.endpoint import Endpoint
 
 _Choices = TypeVar("_Choices", bound=StrEnum)
+_Numbers = TypeVar("_Numbers", int, float)
 
 MODEL, ASKING, SERVER = "Who is asked", "How it is asked", "A server (--endpoint)"
 
@@ -90,8 +91,12 @@ def evaluate(
         str | None, typer.Option(help="Prompt: chat, tutorial or short.", rich_help_panel=MODEL, show_default="chat")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Hub commit of the model.", rich_help_panel=MODEL)] = None,
-    precision: Annotated[str, typer.Option(help="How weights are held.", rich_help_panel=MODEL)] = "auto",
-    engine: Annotated[str, typer.Option(help="What writes: local or vllm.", rich_help_panel=MODEL)] = "local",
+    precision: Annotated[
+        str | None, typer.Option(help="How weights are held.", rich_help_panel=MODEL, show_default="auto")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="What writes: local or vllm.", rich_help_panel=MODEL, show_default="local")
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Answers written together.", rich_help_panel=MODEL, show_default="fits")
     ] = None,
@@ -121,20 +126,31 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results; by default evals/SUITE-TIME.", show_default=False)
     ] = None,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Ask again what was answered before.")] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Keep answers in the folder alone, and find none elsewhere.")
+    ] = False,
     endpoint: Annotated[str | None, typer.Option(help="Address, up to and with /v1.", rich_help_panel=SERVER)] = None,
     api_key_env: Annotated[
         str | None, typer.Option(help="Name of the secret to send.", rich_help_panel=SERVER, show_default="by host")
     ] = None,
-    concurrency: Annotated[int, typer.Option(help="Requests under way.", rich_help_panel=SERVER)] = 8,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Requests under way.", rich_help_panel=SERVER, show_default="8")
+    ] = None,
     rpm: Annotated[float | None, typer.Option(help="Requests a minute.", rich_help_panel=SERVER)] = None,
     tpm: Annotated[float | None, typer.Option(help="Tokens a minute.", rich_help_panel=SERVER)] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds without a sign of life.", rich_help_panel=SERVER)] = 600.0,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds without a sign of life.", rich_help_panel=SERVER, show_default="600")
+    ] = None,
     price: Annotated[
         str | None, typer.Option(help="Of a million tokens, prompt,completion: 1.1,4.4", rich_help_panel=SERVER)
     ] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Take replies in pieces.", rich_help_panel=SERVER)] = False,
-    thinks: Annotated[str, typer.Option(help="auto; tags where it may not close.", rich_help_panel=SERVER)] = "auto",
+    stream: Annotated[
+        bool | None, typer.Option("--stream", help="Take replies in pieces.", rich_help_panel=SERVER)
+    ] = None,
+    thinks: Annotated[
+        str | None,
+        typer.Option(help="auto; tags where it may not close.", rich_help_panel=SERVER, show_default="auto"),
+    ] = None,
     no_thinking: Annotated[
         str | None, typer.Option(help="JSON fields that keep it from thinking.", rich_help_panel=SERVER)
     ] = None,
@@ -146,14 +162,19 @@ def evaluate(
         from medcot.evaluate.backends import Ending, Limits
 
         who: Choice | Endpoint
+        serving = {"--api-key-env": api_key_env, "--concurrency": concurrency, "--rpm": rpm, "--tpm": tpm,
+                   "--timeout": timeout, "--price": price, "--stream": stream, "--thinks": thinks,
+                   "--no-thinking": no_thinking, "--extra": extra}  # fmt: skip
+        holding = {"--precision": precision, "--engine": engine, "--batch-size": batch_size, "--style": style}
         if endpoint is not None:
-            _refuse_together("--endpoint", {"--run": run, "--adapter": adapter, "--style": style})
+            _refuse_together("--endpoint", {"--run": run, "--adapter": adapter, "--revision": revision, **holding})
             who = _find_endpoint(
-                model, endpoint, price, thinks, api_key_env=api_key_env, concurrency=concurrency,
-                requests_a_minute=rpm, tokens_a_minute=tpm, timeout_s=timeout, stream=stream,
+                model, endpoint, price, thinks or "auto", api_key_env=api_key_env, concurrency=concurrency or 8,
+                requests_a_minute=rpm, tokens_a_minute=tpm, timeout_s=timeout or 600.0, stream=bool(stream),
                 no_thinking=no_thinking, extra=extra,
             )  # fmt: skip
         else:
+            _refuse_together("no --endpoint", serving)
             who = _find_model(run, model, adapter, style, revision, precision, engine, batch_size)
         settings = evaluation.Settings(
             limits=Limits(think_tokens, answer_tokens, _read_choice(ending, Ending, "--ending")),
@@ -161,7 +182,7 @@ def evaluate(
             top_p=1.0 if greedy else evaluation.DEFAULT_TOP_P,
             seeds=tuple(range(seed, seed + seeds)),
             controls=evaluation.CONTROLS if controls == "all" else tuple(_split(controls)),
-            budgets=tuple(int(_read_number(text, "--budgets")) for text in _split(budgets)),
+            budgets=tuple(_read_number(text, "--budgets", int) for text in _split(budgets)),
             flip_rate=flip_rate,
         )
         evaluation.evaluate(suite, who, settings, out=out, keep_answers=not no_cache, console=open_console())
@@ -173,8 +194,8 @@ def _find_model(
     adapter: str | None,
     style: str | None,
     revision: str | None,
-    precision: str,
-    engine: str,
+    precision: str | None,
+    engine: str | None,
     batch_size: int | None,
 ) -> Choice:
     """Return the model that the options name: a run's, or one by itself."""
@@ -182,20 +203,26 @@ def _find_model(
 
     from medcot.answering import Choice, Engine, choose_run
     from medcot.prompt import Style
+    from medcot.stages import Precision
 
     if run is not None:
         _refuse_together("--run", {"--model": model, "--adapter": adapter, "--revision": revision})
         who = choose_run(run)
     elif model is not None:
-        who = Choice(model, adapter, revision=revision, precision=precision)
+        who = Choice(model, adapter, revision=revision)
     else:
         raise RecipeError(
             "nobody is named to be asked",
             "An evaluation is of a run, a model, or a model with an adapter",
             "Add --run runs/latest, or --model with a Hub id or a folder",
         )
-    who = replace(who, engine=_read_choice(engine, Engine, "--engine"), batch_size=batch_size)
-    return who if style is None else replace(who, style=_read_choice(style, Style, "--style"))
+    told: dict[str, Any] = {
+        "engine": None if engine is None else _read_choice(engine, Engine, "--engine"),
+        "style": None if style is None else _read_choice(style, Style, "--style"),
+        "precision": None if precision is None else _read_choice(precision, Precision, "--precision").value,
+        "batch_size": batch_size,
+    }
+    return replace(who, **{key: value for key, value in told.items() if value is not None})
 
 
 def _find_endpoint(model: str | None, base_url: str, price: str | None, thinks: str, **settings: Any) -> Endpoint:
@@ -204,7 +231,7 @@ def _find_endpoint(model: str | None, base_url: str, price: str | None, thinks: 
 
     if model is None:
         raise RecipeError("--endpoint without --model", "A server is asked for a model by name", "Add --model NAME")
-    costs = None if price is None else [_read_number(text, "--price") for text in _split(price)]
+    costs = None if price is None else [_read_number(text, "--price", float) for text in _split(price)]
     if costs is not None and len(costs) != 2:
         raise RecipeError(f"--price {price}", "It is two numbers, of prompt and completion", "Write it like 1.1,4.4")
     both = None if costs is None else (costs[0], costs[1])
@@ -223,11 +250,12 @@ def _read_choice(text: str, kind: type[_Choices], option: str) -> _Choices:
     return kind(text)
 
 
-def _read_number(text: str, option: str) -> float:
+def _read_number(text: str, option: str, kind: type[_Numbers]) -> _Numbers:
     try:
-        return float(text)
+        return kind(text)
     except ValueError:
-        raise RecipeError(f"{option} holds '{text}'", "It is a list of numbers", "Write it like 256,512") from None
+        words = "whole numbers" if kind is int else "numbers"
+        raise RecipeError(f"{option} holds '{text}'", f"It is a list of {words}", "Write it like 256,512") from None
 
 
 def _split(text: str) -> list[str]:

@@ -43,7 +43,7 @@ from medcot.evaluate.results import (
     read_respondents,
 )
 from medcot.evaluate.store import AnswerStore, Subject
-from medcot.evaluate.tasks import Task, load_task, parse_suite
+from medcot.evaluate.tasks import Task, build_requests, load_suite
 from medcot.generate import DEFAULT_TEMPERATURE, DEFAULT_TOP_P, Sampling
 from medcot.machine import describe_machine, list_versions
 from medcot.records import Run
@@ -124,11 +124,12 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One task, or a control of it, as it is put."""
+    """One task, or a control of it, as it is put; ``notes`` are of what that left out or changed."""
 
     task: Task
     limits: Limits
     seeds: tuple[int, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def num_requests(self) -> int:
@@ -165,8 +166,9 @@ def evaluate(
             kept, and the same call goes on from there.
     """
     screen = RunConsole(console)
+    secret = find_secret(SecretName.HUGGING_FACE)
     with screen.stage("load tasks") as line:
-        tasks = _load(suite)
+        tasks = load_suite(suite, token=secret.value if secret else None)
         line.detail = f"{sum(len(task.items) for task in tasks):,} questions of {len(tasks)} tasks"
     rounds = [one for task in tasks for one in plan_rounds(task, settings)]
     compared = isinstance(who, Choice) and who.adapter is not None
@@ -181,7 +183,8 @@ def evaluate(
     evaluation = _Evaluation(_make_folder(suite, out), suite, tasks, settings, compared)
     with folders.held(Run(evaluation.folder)), evaluation.recorded():
         for answerer in open_answerers(who, tasks, settings.longest):
-            evaluation.ask(answerer, rounds, screen, keep_answers=keep_answers)
+            _check_all(answerer, rounds, settings)
+            evaluation.ask(answerer, rounds, screen, keep_answers=keep_answers and answerer.keeps)
     print_results(evaluation.facts, screen.console)
     screen.note(f"report: {evaluation.folder / REPORT}")
     return read_json(evaluation.folder / RESULTS)
@@ -194,39 +197,56 @@ def plan_rounds(task: Task, settings: Settings) -> list[Round]:
     others cut from it.
     """
     limits = settings.limits
+    notes: tuple[str, ...] = ()
     if limits.ending is Ending.LIKELIHOOD and not all(item.choices for item in task.items):
-        limits = replace(limits, ending=Ending.FORCED)  # nothing to compare: such answers are written
-    rounds = [Round(task, limits, settings.seeds)]
-    few = replace(task, items=task.items[: settings.control_items])
-    for name in settings.controls:
-        if name == "no-thinking":
-            rounds.append(Round(without_thinking(few), limits, settings.seeds[:1]))
-        elif any(item.example.options for item in few.items):
-            made = rotate_options(few) if name == "rotate" else blank_question(few)
-            rounds.append(Round(made, limits, settings.seeds[:1]))
+        limits = replace(limits, ending=Ending.FORCED)
+        notes = (f"{task.name} has no choices to compare: its answers are forced and written.",)
+    rounds = [Round(task, limits, settings.seeds, notes)]
+    rounds += [_plan_control(name, task, limits, settings) for name in settings.controls]
     for budget in sorted(set(settings.budgets), reverse=True):
         capped = replace(settings.limits, think_tokens=budget, ending=Ending.FORCED)
         rounds.append(Round(replace(task, control=f"{BUDGET}{budget}"), capped, settings.seeds))
     return rounds
 
 
-def _load(suite: str) -> list[Task]:
-    secret = find_secret(SecretName.HUGGING_FACE)
-    return [load_task(wanted, token=secret.value if secret else None) for wanted in parse_suite(suite)]
+def _plan_control(name: str, task: Task, limits: Limits, settings: Settings) -> Round:
+    """Return a control of a few items; one that the task does not allow has none, and says why."""
+    seeds, most = settings.seeds[:1], settings.control_items
+    if name == "no-thinking":
+        return Round(without_thinking(_take(task, most)), limits, seeds)
+    try:
+        made = _take(rotate_options(task) if name == "rotate" else blank_question(task), most)
+    except DataError as error:
+        return Round(replace(task, items=(), control=name), limits, seeds, (f"No {name} control: {error.value}.",))
+    own = made.sentences[len(task.sentences) :]
+    return Round(made, limits, seeds, tuple(f"{task.name}, {name}: {sentence}" for sentence in own))
 
 
-def _make_folder(suite: str, out: Path | None) -> Path:
-    """Make the folder, or take one of an earlier evaluation, whose results are then replaced.
+def _take(task: Task, most: int) -> Task:
+    return replace(task, items=task.items[:most])
+
+
+def _check_all(answerer: Answerer, rounds: Sequence[Round], settings: Settings) -> None:
+    """Word one request of each round, so that what a back end cannot be asked is said before any of it is paid for."""
+    for one in rounds:
+        requests = build_requests(_take(one.task, 1), settings.sampling, one.seeds[:1], one.limits)
+        for request in requests:
+            answerer.backend.prompt_of(request)
+
+
+def _make_folder(suite: str, out: Path | None, kind: str = "evaluation") -> Path:
+    """Make the folder, or take one of an earlier evaluation (or comparison), whose results are then replaced.
 
     Raises:
         OutputError: it holds other things, or cannot be made.
     """
     name = "-".join(part for part in suite.replace(":", "-").replace("/", "-").split(",") if part)
     folder = out or folders.free_name(EVALS / f"{name[:60]}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / RESULTS).is_file())):
+    ours = (folder / RESULTS).is_file() and read_json(folder / RESULTS).get("kind") == kind
+    if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(
-            f"'{folder}' holds something else than an evaluation",
-            "Results go to a new folder, or over older ones",
+            f"'{folder}' holds something else than {'an' if kind == 'evaluation' else 'a'} {kind}",
+            "Results go to a new folder, or over older ones of their kind",
             "Name another with --out",
         )
     try:
@@ -249,13 +269,12 @@ class _Evaluation:
     compared: bool
     respondents: list[Respondent] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, None] = field(default_factory=dict)  # in order, each once
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Keep results.json true: running, complete, stopped by its user, or failed with the error's words."""
         started_s = time.monotonic()
-        for old in (ITEMS, LM_EVAL):  # of an evaluation that asked otherwise; its answers are not kept here
-            shutil.rmtree(self.folder / old, ignore_errors=True)
         self.facts = {
             "kind": "evaluation",
             "medcot": __version__,
@@ -270,25 +289,33 @@ class _Evaluation:
         }
         try:
             yield
+            self._record(timing={"all": round(time.monotonic() - started_s, 3)})
+            render_evaluation({**self.facts, "status": "complete"}, self.respondents, self.folder / REPORT)
+            export_lm_eval(self.facts, self.respondents, self.folder / LM_EVAL)
             self._record(status="complete")
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt)
             words = redact(f"{type(error).__name__}: {error}")
             self._record(status="stopped" if stopped else "failed", error=words)
-            raise
-        finally:
-            self._record(timing={"all": round(time.monotonic() - started_s, 3)})
-            if self.respondents:
+            if self.respondents:  # what there is, can be looked at
                 render_evaluation(self.facts, self.respondents, self.folder / REPORT)
-        export_lm_eval(self.facts, self.respondents, self.folder / LM_EVAL)
+            raise
 
     def ask(self, answerer: Answerer, rounds: Sequence[Round], screen: RunConsole, *, keep_answers: bool) -> None:
         """Put every round to somebody; lines and results are on disk after each."""
         lines: list[Line] = []
         path = store_path(answerer.model, answerer.adapter_sha256) if keep_answers else self.folder / "answers.jsonl"
+        if not keep_answers:
+            screen.note(f"answers are kept in {path} alone; --out {self.folder} goes on with them")
+        if not self.respondents:  # of an evaluation that asked otherwise; its answers are elsewhere
+            for old in (ITEMS, LM_EVAL):
+                shutil.rmtree(self.folder / old, ignore_errors=True)
         num_asked = 0
         with screen.stage(answerer.name) as stage, AnswerStore(path) as store:
             for one in rounds:
+                self.notes.update(dict.fromkeys(one.notes))
+                if not one.task.items:
+                    continue
                 found, asked = grade_task(
                     answerer.backend,
                     one.task,
@@ -312,8 +339,10 @@ class _Evaluation:
         facts = {**answerer.facts, "num_asked": num_asked, "num_found": len(lines) - num_asked}
         tasks = {task.base: task.facts for task in self.tasks}
         self.respondents = [other for other in self.respondents if other.name != answerer.name]
-        self.respondents.append(Respondent(answerer.name, facts, tuple(lines), tasks))
-        self._record(**build_results(self.respondents))
+        facts["settings"] = self.facts["settings"]
+        self.respondents.append(Respondent(answerer.name, facts, tuple(lines), tasks, answerer.base))
+        results = build_results(self.respondents)
+        self._record(**{**results, "notes": [*self.notes, *results["notes"]]})
 
     def _record(self, **facts: Any) -> None:
         self.facts.update(facts)
@@ -347,11 +376,12 @@ def compare(paths: Sequence[Path], *, out: Path | None = None, console: Console 
             "A comparison needs two",
             "Name another folder",
         )
-    results = {"kind": "comparison", "medcot": __version__, **build_results(respondents)}
+    about = {"kind": "comparison", "medcot": __version__, "folders": [str(path) for path in paths]}
+    results = {**about, **build_results(respondents)}
     screen = RunConsole(console)
     print_results(results, screen.console)
     if out is not None:
-        folder = _make_folder("", out)
+        folder = _make_folder("", out, "comparison")
         folders.write_json(folder / RESULTS, results)
         render_evaluation(results, respondents, folder / REPORT, title="Comparison")
         screen.note(f"report: {folder / REPORT}")

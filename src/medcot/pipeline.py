@@ -15,6 +15,7 @@ load the same model and take their share of each training step (``ranks.py``).
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 from medcot import folder as folders
 from medcot import ranks
 from medcot.errors import DataError, ModelError
-from medcot.evaluate.results import read_json
 from medcot.job import Job, open_job
 from medcot.recipe import Recipe, load_recipe
 from medcot.records import Run
@@ -72,7 +72,7 @@ def run(
             check_shares(job.recipe, here.size)
             ranks.share((job.recipe.model_dump(mode="json"), job.run.folder))
             _do(job)
-        return {**read_json(job.run.facts), "folder": str(job.run.folder)}
+        return {**json.loads(job.run.facts.read_text(encoding="utf-8")), "folder": str(job.run.folder)}
 
 
 def _do(job: Job) -> None:
@@ -283,7 +283,7 @@ def _answers(job: Job, when: str, model: Any, loaded: LoadedModel, tasks: Sequen
     lines = asking.ask_questions(model, loaded.tokenizer, job.recipe, job.console)
     if tasks:
         batch_size = _graded_batch(job, loaded, tasks)
-        lines += asking.grade_recipe_tasks(
+        graded, num_found = asking.grade_recipe_tasks(
             model,
             loaded,
             job.recipe,
@@ -293,6 +293,10 @@ def _answers(job: Job, when: str, model: Any, loaded: LoadedModel, tasks: Sequen
             batch_size=batch_size,
             own_store=job.run.samples / f"{when}.answers.jsonl",
         )
+        lines += graded
+        job.record(answers_found={**job.facts.get("answers_found", {}), when: num_found})
+        if num_found:
+            job.console.note(f"{num_found:,} of {len(graded):,} graded answers were there from before")
     folders.write_lines(path, lines)
     return lines
 
@@ -413,7 +417,13 @@ def _keep_metrics(run: Run, resume_from: Path | None) -> dict[str, Any]:
 def _compare(job: Job, tasks: Sequence[Task], before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
     from medcot import asking
 
-    job.record(eval={"source": job.recipe.evaluate.source, **asking.summarise_samples(tasks, before, after)})
+    job.record(
+        eval={
+            "source": job.recipe.evaluate.source,
+            "adapter_sha256": asking.hash_adapter(job.run.adapter),
+            **asking.summarise_samples(tasks, before, after),
+        }
+    )
 
 
 def _merge(job: Job, loaded: LoadedModel) -> str:

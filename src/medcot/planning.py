@@ -27,7 +27,7 @@ from medcot.engine.memory import (
     weight_gb,
 )
 from medcot.errors import DataError, RecipeError
-from medcot.evaluate.tasks import Task, load_task, parse_suite, without_form
+from medcot.evaluate.tasks import Task, load_suite, parse_suite, without_form
 from medcot.recipe import Checkpointing, Recipe, TrainStage
 from medcot.records import Example, Row
 from medcot.rows import CLINIC, CLINIC_ROWS, RawData, TrainingData, encode_examples, read_examples
@@ -82,11 +82,11 @@ def load_tasks(stage: EvaluateStage) -> list[Task]:
     if stage.source is None:
         return []
     try:
-        wanted = parse_suite(stage.source)
+        parse_suite(stage.source)
     except DataError as error:
         raise RecipeError(f"evaluate.source: {error.value}", error.rule, error.remedy) from error
     token = find_secret(SecretName.HUGGING_FACE)
-    found = [load_task(one, token=token.value if token else None) for one in wanted]
+    found = load_suite(stage.source, token=token.value if token else None)
     return found if stage.ask_form else [without_form(task) for task in found]
 
 
@@ -212,7 +212,9 @@ def fit_answers(wanted: int, shape: Shape, precision: str, row_tokens: int, devi
     slots = round_up(row_tokens, CACHE_STEP)
     row_bytes = 2 * shape.num_layers * shape.kv_heads * shape.head_dim * bytes_per_value * slots
     row_bytes += shape.vocab * DRAW_BYTES
-    room_gb = free_memory_gb(device) * MEMORY_SHARE - weight_gb(shape, precision)
+    # The weights are in memory by now: on a GPU among what this process holds, elsewhere no longer free.
+    held_gb = weight_gb(shape, precision) if device.type == "cuda" else 0.0
+    room_gb = free_memory_gb(device) * MEMORY_SHARE - held_gb
     return max(1, min(wanted, int(room_gb * 2**30 // row_bytes)))
 
 

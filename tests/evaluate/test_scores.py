@@ -79,11 +79,34 @@ def test_a_rotation_that_follows_its_options_agrees() -> None:
     assert score_rotation(lines, lines, 1)["flip_rate"] == 1
 
 
+def test_an_answer_that_names_no_option_is_left_out_of_the_rotation() -> None:
+    lines = [line for line in make_lines(TASK, 1.0) if line["parsed"]]
+    odd = [{**lines[0], "parsed": "F"}, {**lines[1], "parsed": None}, *lines[2:]]
+    found = score_rotation(lines, odd, 1)
+    assert (found["n"], found["num_unread"]) == (len(lines) - 2, 2)
+    assert score_rotation(lines[:1], odd[:1], 1) == {"n": 0, "num_unread": 1}
+
+
+def test_votes_are_counted_by_value_not_by_spelling() -> None:
+    task = make_task("medcalc-bench", 1, AnswerKind.NUMBER)
+    lines = make_lines(task, 1.0, seeds=range(5))
+    wrong = {"outcome": "wrong", "lenient_outcome": "wrong"}
+    spelled = [
+        {**line, **wrong, "parsed": text} for line, text in zip(lines, ("99 mL", "99.0 mL", "99 ml."), strict=False)
+    ]
+    right = [{**line, "outcome": "correct", "parsed": "1 mL"} for line in lines[3:]]
+    assert score([*spelled, *right])["votes"]["majority"]["5"] == 0
+
+
 def test_the_smallest_budget_not_seen_to_lose_is_recommended() -> None:
     chances = {256: 0.2, 512: 0.5, 1024: 0.805, 2048: 0.81}
     curve = build_curve({cap: make_lines(TASK, chance, cap=cap) for cap, chance in chances.items()})
     assert [point.think_tokens for point in curve.points] == sorted(chances)
     assert curve.recommended in (1024, 2048) and "Serve with" in curve.sentence
+    if curve.recommended != curve.best:
+        assert "-0." in curve.sentence, "it is no better than the best"
+    alone = build_curve({64: make_lines(TASK, 0.5, cap=64)})
+    assert "every smaller one" not in alone.sentence and alone.recommended == 64
     assert curve.points[0].p_value < 0.001 and curve.points[0].delta < -0.3
     assert curve.points[0].forced_share > curve.points[-1].forced_share
 

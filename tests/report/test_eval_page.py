@@ -1,6 +1,8 @@
 """The page of an evaluation says what its lines say, whatever is in them and whatever of them is missing."""
 
+import math
 import re
+import statistics
 from dataclasses import asdict, replace
 from functools import lru_cache
 
@@ -9,20 +11,28 @@ import test_page
 from test_page import Elements, plain
 
 from made_lines import make_lines, make_respondent, make_task
+from medcot.evaluate.lines import group_by_task
 from medcot.evaluate.power import compute_plan
 from medcot.evaluate.results import Respondent, build_results
 from medcot.records import AnswerKind
 from medcot.report import eval_page
 from medcot.report.eval_page import render_evaluation
-from medcot.report.eval_views import build_letters, build_outcomes, build_topics, view_results
+from medcot.report.eval_views import (
+    build_letters,
+    build_outcomes,
+    build_pooled_topics,
+    build_topics,
+    view_results,
+)
 from medcot.report.eval_words import (
+    describe_agreement,
     describe_blank,
     describe_calibration,
     describe_letters,
     describe_worth,
     judge_evaluation,
 )
-from medcot.report.words import judge_changes
+from medcot.report.words import judge_changes, points
 
 # No markup, no formula, no template, no mark of direction may come through.
 EVIL = f"{test_page.EVIL} $\\alpha_{{$ \u202e\x1b[31m"
@@ -222,8 +232,125 @@ def test_every_share_of_answers_adds_up():
     assert min(outcomes[0].shares.values()) > 0 and outcomes[0].cut == outcomes[0].shares["unfinished"]
     topics = build_topics(view.rows[0])
     assert (
-        sum(topic.changes[0] for topic in topics) == view.rows[0].changes[0]["gained"] - view.rows[0].changes[0]["lost"]
+        sum(topic.changes[0].delta for topic in topics)
+        == view.rows[0].changes[0]["gained"] - view.rows[0].changes[0]["lost"]
     )
+
+
+def _render(respondents, path, **extra):
+    page = render_evaluation({**build_results(respondents), **extra}, respondents, path / "p.html").read_text()
+    return plain(page).replace("\u202f", " ")
+
+
+def test_topics_of_unequal_numbers_of_answers_change_by_shares():
+    tasks = [make_task(num_items=80), make_task(num_items=60)]  # the second side lacks questions, too
+    respondents = [
+        make_respondent(name, 0.5, [task], seeds=range(seeds))
+        for name, task, seeds in zip(("base", "tuned"), tasks, (1, 4), strict=True)
+    ]
+    row = view_results(build_results(respondents)).rows[0]
+    for topic in build_topics(row):
+        shares = [
+            statistics.fmean(
+                line["outcome"] == "correct"
+                for line in one.lines
+                if line["topic"] == topic.name and int(line["id"].split("-")[1]) < 60
+            )
+            for one in respondents
+        ]
+        assert topic.changes[0].is_share and topic.changes[0].delta == pytest.approx(shares[1] - shares[0])
+
+
+def test_the_page_shows_shares_of_topics_in_points(tmp_path):
+    lines = make_lines(MEDQA, 0.5, seeds=range(4))
+    respondents = [
+        Respondent(name, {}, [line for line in lines if line["seed"] in seeds])
+        for name, seeds in (("base", (0,)), ("tuned", range(4)))
+    ]
+    text = _render(respondents, tmp_path)
+    changes = [topic.changes[0].delta for topic in build_topics(view_results(build_results(respondents)).rows[0])]
+    assert all(abs(change) < 1 and f"{points(change)}points" in text for change in changes)
+
+
+def test_a_topic_that_one_side_does_not_know_has_no_change():
+    lines = make_lines(MEDQA, 0.5)
+    nameless = [{**line, "topic": None} for line in lines]
+    results = build_results([Respondent("base", {}, nameless), Respondent("tuned", {}, lines)])
+    assert [topic.changes for topic in build_topics(view_results(results).rows[0])] == [(None,)] * 3
+
+
+def test_topics_pooled_over_a_run():
+    counts = {"n": 10, "correct": 5}
+    sides = [("before", {"topics": {"a": counts, "b": counts}}), ("after", {"topics": {"a": {"n": 40, "correct": 30}}})]
+    _, (first, second) = build_pooled_topics(sides)
+    assert first.changes[0].is_share and first.changes[0].delta == 0.25 and second.changes == (None,)
+    _, (alone,) = build_pooled_topics([("before", {"topics": {"a": counts}}), ("after", {"topics": {"a": counts}})])
+    assert not alone.changes[0].is_share and alone.changes[0].delta == 0
+    assert build_pooled_topics(sides[:1])[1][0].changes == ()
+
+
+def test_no_change_says_which_one_would_have_been_found():
+    results = build_results([Respondent(name, {}, make_lines(MEDQA, 0.5)) for name in ("base", "tuned")])
+    results["plan"] = make_plan([MEDQA])
+    found = 100 * results["plan"][0]["detectable"]
+    said = f"a change of {found:.1f} points was likely to be found"
+    assert said in judge_evaluation(view_results(results), results).sentence
+    results["plan"].append({"task": "other", "detectable": 2 * results["plan"][0]["detectable"]})
+    said = f"a change of {found:.1f} to {2 * found:.1f} points, by task, was likely"
+    assert said in judge_evaluation(view_results(results), results).sentence
+
+
+def test_notes_of_the_results_stand_above_all_figures(tmp_path):
+    respondents = [make_respondent("base", 0.5, [MEDQA])]
+    text = _render(respondents, tmp_path, notes=["base thought 512 tokens, tuned 2,048."])
+    assert text.index("base thought 512 tokens, tuned 2,048.") < text.index("What became of the answers")
+
+
+def test_how_each_model_was_asked_is_listed(tmp_path):
+    (one,) = [make_respondent("base", 0.5, [MEDQA])]
+    asked = {"think_tokens": 4321, "ending": "free"}
+    text = _render([replace(one, facts={**one.facts, "settings": asked})], tmp_path)
+    assert "Think tokens4321" in text.replace("4,321", "4321") and "Endingfree" in text
+
+
+def test_a_comparison_sends_to_the_folders_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_page, "MAX_FOLDED", 3)
+    respondents = make_case("two")[1]
+    text = _render(respondents, tmp_path, kind="comparison", folders=["evals/one", "evals/two"])
+    assert "more are lines of the folders compared." in text and "items/" not in text
+    assert "Every answer is a line of a file in the folders compared: evals/one and evals/two." in text
+    assert "in the folders compared." in _render(respondents, tmp_path, kind="comparison")
+    assert "folders compared" not in _render(respondents, tmp_path, kind="evaluation")
+
+
+def _rotate(read):
+    rotated = make_lines(CONTROLS[0], 0.5, rng_seed=3)
+    kept = [line if read(place) else {**line, "parsed": None} for place, line in enumerate(rotated)]
+    return Respondent("base", {}, [*make_lines(MEDQA, 0.99), *kept])
+
+
+def test_rotations_that_could_not_be_read_are_left_out_and_counted(tmp_path):
+    some, none = _rotate(lambda place: place % 2), _rotate(lambda place: False)
+    agreement = build_results([some])["controls"]["base"]["medqa"]["rotate-1"]["agreement"]
+    text = _render([some], tmp_path)
+    moved = text[text.index("Options that change places") :]
+    assert re.search(rf"by 1\s*{agreement['n']}\s*{100 * agreement['flip_rate']:.1f} %", moved)
+    assert re.search(rf"–\s*{agreement['num_unread']}\s", moved) and "Nothing can be told" not in text
+    text = _render([none], tmp_path)
+    assert "Nothing can be told: none of 80 was read in both orders" in text
+
+
+def test_two_seeds_differ_by_answers_that_were_read(tmp_path):
+    def answer(line):
+        # Seed 0 always says A, seed 1 says A of even questions and nothing of odd ones: those read never differ.
+        odd = int(line["id"].split("-")[1]) % 2
+        return {**line, "parsed": None, "outcome": "unparsed"} if line["seed"] and odd else {**line, "parsed": "A"}
+
+    lines = [answer(line) for line in make_lines(MEDQA, 0.99, seeds=(0, 1))]
+    one = Respondent("base", {}, [*lines, *make_lines(CONTROLS[0], 0.9)])
+    results = build_results([one])
+    ((_, by_seed),) = eval_page.build_rotations(results, view_results(results), {"base": group_by_task(one.lines)})
+    assert by_seed == 0
 
 
 def _change(task, delta, verdict, before=0.5):
@@ -261,11 +388,13 @@ def test_several_models_have_one_tone(kinds, tone):
     assert judge_changes([("base", f"m{place}", [kind]) for place, kind in enumerate(kinds)]).tone == tone
 
 
-def _letters(chosen, gold):
+def _letters(chosen, gold, seeds=1):
     from medcot.evaluate.letters import count_letters
 
     letters = asdict(count_letters(list(chosen), list(gold)))
-    score = {"n": len(gold), "letters": letters}
+    if letters["chi_square"] == math.inf:
+        letters["chi_square"] = None  # as results.json has it
+    score = {"n": len(gold), "seeds": seeds, "letters": letters}
     found = view_results({"models": [{"name": "m"}], "scores": {"m": {"t": score}}})
     return describe_letters(build_letters(found)[0])
 
@@ -274,7 +403,8 @@ def _letters(chosen, gold):
     ("chosen", "gold", "says"),
     [
         ("A" * 60 + "B" * 20, "AB" * 40, "Leans: 25.0 % would have to move"),
-        ("AB" * 40, "AB" * 40, "No lean seen"),
+        ("AB" * 40, "AB" * 40, "No clear lean"),
+        ("A" * 51 + "B" * 29, "AB" * 40, "No clear lean (chi-square 6.0, p = 0.014)"),  # one model of many
         ("C" * 8, "AB" * 4, "never right"),
         ("AB", "AB", "Too few to tell"),
         ("AA", "AA", "One choice only"),
@@ -284,6 +414,14 @@ def _letters(chosen, gold):
 )
 def test_a_lean_to_a_letter_in_words(chosen, gold, says):
     assert says in _letters(chosen, gold).replace("\u202f", " ")
+
+
+def test_several_answers_to_a_question_are_not_tested_as_draws():
+    once = _letters("A" * 20 + "B" * 12, "AB" * 16)
+    often = _letters("A" * 160 + "B" * 96, "AB" * 128, seeds=8).replace("\u202f", " ")
+    assert "No clear lean" in once
+    assert "12.5 % would have to move" in often and "p <" not in often and "chi-square" not in often
+    assert "never right" in _letters("C" * 8, "AB" * 4, seeds=8)
 
 
 @pytest.mark.parametrize(
@@ -306,11 +444,22 @@ def test_controls_in_words():
     assert (
         "No different" in describe_blank({"ci95": [0.2, 0.4]}, floor) and describe_blank({"ci95": [0, 1]}, None) == ""
     )
+    own = {"ci95": [0.31, 0.5], "letters": {"always_commonest": 0.4}}
+    assert "No different from the 40.0" in describe_blank(own, floor)
+    assert "No different from the 40.0" in describe_blank(own, None)
+    assert "Above the 30.0" in describe_blank(own | {"letters": None}, floor)
     change = {"delta": -0.2, "interval": {"low": -0.3, "high": -0.1}, "p_value": 0.001}
     assert describe_worth(change).startswith("Thinking gains accuracy: +20.0 points (+10.0 to +30.0), p")
     assert "costs" in describe_worth(change | {"delta": 0.2}) and "no difference" in describe_worth(
         change | {"p_value": 0.5}
     )
+
+
+def test_what_followed_in_words():
+    read = {"n": 72, "flip_rate": 0.125, "num_unread": 8}
+    assert describe_agreement(read).replace("\u202f", " ") == "12.5 % of 72 did not follow, 8 not read"
+    assert describe_agreement(read | {"num_unread": 0}).endswith("did not follow")
+    assert describe_agreement({"n": 0, "num_unread": 8}) == "Nothing can be told: none of 8 was read in both orders"
 
 
 def test_calibration_says_which_way():

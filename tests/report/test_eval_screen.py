@@ -168,6 +168,26 @@ def test_questions_of_one_side_only_are_counted() -> None:
     assert "50 questions left out" in text and "one side lacks them: pubmedqa" in text
 
 
+def test_notes_stand_before_the_scores() -> None:
+    noted = {**RESULTS, "notes": ["tuned thought longer than base.", "2 left out \x1b[2J"]}
+    text = flat(show(noted))
+    assert text.index("tuned thought longer than base.") < text.index("Scores") and "\x1b[2J" not in text
+    raw = io.StringIO()
+    print_results(noted, Console(file=raw, width=80, force_terminal=True, color_system="standard"))
+    assert "\x1b[33mtuned thought longer than base." in raw.getvalue()
+
+
+def test_a_rotation_says_what_could_not_be_read() -> None:
+    plain, rotated = make_lines(MEDQA, 0.99), make_lines(CONTROLS[0], 0.99)
+    blind = [{**line, "parsed": None} for line in rotated]
+    some = build_results([Respondent("one", {}, [*plain, *rotated[:150], *blind[150:]])])
+    agreement = some["controls"]["one"]["medqa"]["rotate-1"]["agreement"]
+    said = flat(show(some, width=160)).replace("\u202f", " ")
+    assert f"of {agreement['n']} did not follow, {agreement['num_unread']} not read" in said
+    text = flat(show(build_results([Respondent("one", {}, [*plain, *blind])]), width=160))
+    assert "Nothing can be told: none of 200 was read in both orders" in text and "did not follow" not in text
+
+
 def test_no_name_moves_the_terminal() -> None:
     nasty = "a\x1b[2Jb\u202e[bold]"
     lines = [{**line, "task": nasty} for line in make_lines(MEDQA, 0.5)]
@@ -203,11 +223,11 @@ def plan(tasks: Sequence[Task], **settings: Any) -> str:
 
 
 def test_a_plan_says_what_can_be_told() -> None:
-    tasks = [replace(MEDQA, sentences=("Read.",)), PUBMEDQA, replace(CONTROLS[0], sentences=("Read.", "2 left out."))]
+    tasks = [replace(MEDQA, sentences=("Read.", "2 left out.")), PUBMEDQA]
     text = plan(tasks, seeds=4)
     assert compute_plan(200, 0.2, num_tasks=2, seeds=4).describe() in text
     assert compute_plan(100, 0.2, num_tasks=2, seeds=4).describe() in text
-    assert text.count("assumed to flip") == 2 and text.count("Read.") == 1 and "medqa rotate-1: 2 left out." in text
+    assert text.count("assumed to flip") == 2 and text.count("medqa: Read.") == 1 and "medqa: 2 left out." in text
     assert "1,200 answers in all, 4 to each question." in text and MEDQA.sha256[:12] in text
 
 

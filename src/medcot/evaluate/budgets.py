@@ -59,7 +59,7 @@ def build_curve(by_budget: Mapping[int, Sequence[Line]]) -> Curve:
     best = max(scores, key=lambda budget: (scores[budget]["accuracy"], -budget))  # the cheapest of equals
     points = tuple(_point(budget, found, plain[budget], plain[best]) for budget, found in scores.items())
     chosen = next(p for p in points if p.think_tokens == best or (p.delta >= -MOST_LOST and p.p_value > ALPHA))
-    return Curve(points, best, chosen.think_tokens, _say(chosen, best))
+    return Curve(points, best, chosen.think_tokens, _say(chosen, best, is_smallest=chosen == points[0]))
 
 
 def _point(budget: int, found: Mapping[str, Any], lines: Sequence[Line], best: Sequence[Line]) -> BudgetPoint:
@@ -77,12 +77,13 @@ def _point(budget: int, found: Mapping[str, Any], lines: Sequence[Line], best: S
     )
 
 
-def _say(chosen: BudgetPoint, best: int) -> str:
+def _say(chosen: BudgetPoint, best: int, *, is_smallest: bool) -> str:
     head = f"Serve with {chosen.think_tokens:,} tokens for thinking: {chosen.accuracy:.1%} of {chosen.n:,} questions"
     if chosen.think_tokens == best:
-        return f"{head}, the best of the budgets tried; every smaller one lost more than a point, or significantly."
+        smaller = "" if is_smallest else "; every smaller one lost more than a point, or significantly"
+        return f"{head}, the best of the budgets tried{smaller}."
     loss = max(0.0, -chosen.delta_ci95[0])
     return (
-        f"{head}, {-chosen.delta * 100:+.1f} points against the best ({best:,} tokens)."
+        f"{head}, {chosen.delta * 100:+.1f} points against the best ({best:,} tokens)."
         f" With this many questions a loss of up to {loss * 100:.1f} points could not be told from none."
     )

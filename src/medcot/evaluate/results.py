@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ REPORT = "report.html"
 BUDGET, ROTATE, BLANK, NO_THINKING = "budget-", "rotate-", "blank", "no-thinking"  # how controls are named
 
 
+_IDENTITY = ("source", "base_url", "revision", "precision", "adapter_sha256")
+
+
 @dataclass(frozen=True, slots=True)
 class Respondent:
     """One model and what it answered.
@@ -42,16 +45,21 @@ class Respondent:
         facts: what it is: ``source``, ``revision``, ``precision``, ``adapter``, ``adapter_sha256``, ``backend``, ...
         lines: all of its lines, controls and budgets included.
         tasks: task to ``Task.facts``, as far as known.
+        base: the name of its plain base among the respondents; ``None`` where it is no tuned model, or has none here.
     """
 
     name: str
     facts: Mapping[str, Any]
     lines: Sequence[Line]
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    base: str | None = None
 
 
 def build_results(respondents: Sequence[Respondent]) -> dict[str, Any]:
-    """Return the figures of some respondents, each compared with the first.
+    """Return the figures of some respondents, and how they compare.
+
+    A tuned model is compared with its own plain base, and with the first tuned model; where none has a base among
+    them, each is compared with the first.
 
     Returns:
         - ``models``: name and facts of each.
@@ -62,6 +70,7 @@ def build_results(respondents: Sequence[Respondent]) -> dict[str, Any]:
         - ``budgets``: name to task to ``budgets.Curve``.
         - ``comparisons``: ``before``, ``after`` (names), and ``scores.compare``; none for one respondent.
         - ``usage``: name to ``scores.add_usage``.
+        - ``notes``: in what the models were asked otherwise than each other.
 
     Raises:
         DataError: no respondent, or two of one name, or one without a line.
@@ -77,16 +86,57 @@ def build_results(respondents: Sequence[Respondent]) -> dict[str, Any]:
     plain = {
         name: {task: found[None] for task, found in tasks.items() if None in found} for name, tasks in groups.items()
     }
-    first = names[0]
     return {
-        "models": [{"name": one.name, **one.facts} for one in respondents],
+        "models": [{"name": one.name, "base": one.base, **one.facts} for one in respondents],
         "tasks": {task: facts for one in reversed(respondents) for task, facts in one.tasks.items()},
         "scores": {name: {task: score(lines) for task, lines in tasks.items()} for name, tasks in plain.items()},
         "controls": {name: _score_controls(tasks) for name, tasks in groups.items()},
         "budgets": {name: _build_curves(tasks) for name, tasks in groups.items()},
-        "comparisons": [{"before": first, "after": name, **compare(plain[first], plain[name])} for name in names[1:]],
+        "comparisons": [
+            {"before": was, "after": now, **compare(plain[was], plain[now])} for was, now in _pair(respondents)
+        ],
         "usage": {one.name: add_usage(one.lines) for one in respondents},
+        "notes": _list_differences(respondents),
     }
+
+
+def _pair(respondents: Sequence[Respondent]) -> list[tuple[str, str]]:
+    """Return who is compared with whom."""
+    tuned = [one for one in respondents if one.base is not None]
+    if not tuned:
+        return [(respondents[0].name, other.name) for other in respondents[1:]]
+    own = [(str(one.base), one.name) for one in tuned]
+    return own + [(tuned[0].name, other.name) for other in tuned[1:]]
+
+
+def _list_differences(respondents: Sequence[Respondent]) -> list[str]:
+    """Say in what models were asked otherwise than the first, since a difference of scores may come from there."""
+    first, notes = respondents[0], []
+    for other in respondents[1:]:
+        was, now = _list_conditions(first.facts), _list_conditions(other.facts)
+        parts = [f"{key} {was[key]} against {now[key]}" for key in was if key in now and was[key] != now[key]]
+        parts += [
+            f"another {task} (sha256 {first.tasks[task]['sha256'][:12]} against {facts['sha256'][:12]})"
+            for task, facts in other.tasks.items()
+            if task in first.tasks and first.tasks[task]["sha256"] != facts["sha256"]
+        ]
+        if parts:
+            notes.append(f"{first.name} and {other.name} were asked differently: {'; '.join(parts)}.")
+    return notes
+
+
+def _list_conditions(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an answer depends on besides the model, in words."""
+    settings = {**(facts.get("settings") or {})}
+    if "style" in facts:
+        settings["style"] = facts["style"]
+    think, answer = settings.get("think_tokens") or 0, settings.get("answer_tokens") or 0
+    if settings.get("ending") == "written":
+        settings |= {"tokens": think + answer}
+    elif settings:
+        settings |= {"tokens of thinking": think, "tokens of the answer": answer}
+    wanted = ("ending", "tokens", "tokens of thinking", "tokens of the answer", "temperature", "top_p", "style")
+    return {key: settings[key] for key in wanted if settings.get(key) is not None}
 
 
 def _score_controls(tasks: Mapping[str, Mapping[str | None, list[Line]]]) -> dict[str, dict[str, Any]]:
@@ -104,6 +154,8 @@ def _score_controls(tasks: Mapping[str, Mapping[str | None, list[Line]]]) -> dic
 def _score_control(control: str, lines: list[Line], original: list[Line]) -> dict[str, Any]:
     whole = score(lines)
     found = {key: whole[key] for key in ("n", "accuracy", "ci95", "unparsed", "unfinished")}
+    if control == BLANK:
+        found["letters"] = whole["letters"]  # of these few questions, whose floor may be another than all questions'
     if not original:
         return found
     if control.startswith(ROTATE):
@@ -166,16 +218,23 @@ def name_apart(groups: Mapping[str, Sequence[Respondent]]) -> list[Respondent]:
     """
     kept: list[Respondent] = []
     for folder, respondents in groups.items():
+        others, renamed = tuple(kept), {}
         for one in respondents:
-            if any(_is_same(one, other) for other in kept):
+            twin = next((other for other in others if _is_same(one, other)), None)
+            if twin is not None:
+                renamed[one.name] = twin.name
                 continue
-            name = one.name if one.name not in {other.name for other in kept} else f"{one.name} ({folder})"
-            kept.append(Respondent(name, one.facts, one.lines, one.tasks))
+            taken = {other.name for other in kept}
+            name = one.name if one.name not in taken else f"{one.name} ({folder})"
+            renamed[one.name] = name
+            kept.append(replace(one, name=name, base=None if one.base is None else renamed.get(one.base, one.base)))
     return kept
 
 
 def _is_same(one: Respondent, other: Respondent) -> bool:
-    """Whether two gave the same answers to the same questions: the base that two runs have in common."""
+    """Whether two are one model that gave the same answers: the base that two runs have in common."""
+    if any(one.facts.get(key) != other.facts.get(key) for key in _IDENTITY):
+        return False
     first, second = (
         {(identify(line), line["seed"]): line["text"] for line in it.lines if line["kind"] == "eval"}
         for it in (one, other)
@@ -187,29 +246,53 @@ def _read_evaluation(folder: Path) -> list[Respondent]:
     results = read_json(folder / RESULTS)
     found = []
     for model in results["models"]:
-        facts = {key: value for key, value in model.items() if key != "name"}
-        paths = sorted((folder / ITEMS / slug(model["name"])).glob("*.jsonl"))
+        facts = {"settings": results.get("settings"), **model}
+        name, base = facts.pop("name"), facts.pop("base", None)
+        paths = sorted((folder / ITEMS / slug(name)).glob("*.jsonl"))
         lines = [line for path in paths for line in _read_lines(path)]
-        found.append(Respondent(model["name"], facts, lines, results["tasks"]))
+        if not lines:
+            raise DataError(
+                f"'{folder}' holds no answers of '{name}'",
+                f"They lie in {ITEMS}/, a line each; a comparison's folder has none of its own",
+                "Name the folders that were compared",
+            )
+        found.append(Respondent(name, facts, lines, results["tasks"], base))
     return found
 
 
 def _read_run(run: Run) -> list[Respondent]:
     facts = read_json(run.facts)
-    base = facts.get("model") or {}
-    tasks = (facts.get("eval") or {}).get("tasks") or {}
+    model, evaluation = facts.get("model") or {}, facts.get("eval") or {}
+    recipe = facts.get("recipe") or {}
+    stage = recipe.get("evaluate") or {}
+    settings = {
+        "think_tokens": stage.get("max_new_tokens"),
+        "answer_tokens": 0,
+        "ending": "written",
+        "temperature": stage.get("temperature"),
+        "top_p": stage.get("top_p"),
+        "style": (recipe.get("prompt") or {}).get("style"),
+    }
+    base = f"{model.get('source', 'base')}, untrained"
     found = []
-    for side, name in (("before", f"{base.get('source', 'base')}, untrained"), ("after", run.folder.resolve().name)):
+    for side, name in (("before", base), ("after", run.folder.resolve().name)):
         path = run.samples / f"{side}.jsonl"
         lines = [line for line in _read_lines(path) if line["kind"] == "eval"] if path.is_file() else []
+        if any("task" not in line for line in lines):
+            raise DataError(
+                f"'{run.folder}' was made by an older medcot", "Its answers do not say of which task they are",
+                "Evaluate its model with 'medcot eval --run'",
+            )  # fmt: skip
         if lines:
-            adapter = str(run.adapter) if side == "after" else None
-            found.append(Respondent(name, {**base, "adapter": adapter}, lines, tasks))
-    if not found:
+            tuned = side == "after"
+            more = {"adapter": str(run.adapter), "adapter_sha256": evaluation.get("adapter_sha256")} if tuned else {}
+            known = {**model, "settings": settings, **more}
+            found.append(Respondent(name, known, lines, evaluation.get("tasks") or {}, base if tuned else None))
+    if len(found) < 2:
         raise DataError(
-            f"'{run.folder}' holds no graded answers",
+            f"'{run.folder}' holds no graded answers of both before and after",
             "A run grades questions where its recipe names some in evaluate.source",
-            "Evaluate its model with 'medcot eval'",
+            "Evaluate its model with 'medcot eval --run'",
         )
     return found
 

@@ -18,8 +18,10 @@ from dataclasses import asdict
 from typing import Any
 
 from medcot.errors import DataError
+from medcot.evaluate.answers import read_number
 from medcot.evaluate.letters import compare_choices, count_letters, original_letter
 from medcot.evaluate.lines import Line, group_by_question, is_right, read_completion
+from medcot.evaluate.phrases import normalise_phrase
 from medcot.evaluate.power import ALPHA
 from medcot.evaluate.resampling import summarise_seeds
 from medcot.evaluate.style import measure_style
@@ -132,24 +134,28 @@ def list_flips(before: Sequence[Line], after: Sequence[Line]) -> dict[str, list[
 
 
 def score_rotation(original: Sequence[Line], rotated: Sequence[Line], shift: int) -> dict[str, Any]:
-    """Return how far answers follow their options when these move: ``letters.Agreement`` as plain values.
+    """Return how far answers follow their options when these move, over the questions read in both orders.
+
+    An answer that names no option cannot be turned back; nor does it say anything about letters.
 
     Args:
         original: lines of the task itself.
         rotated: lines of the same questions with their options moved.
         shift: by how many places.
 
-    Raises:
-        DataError: no question is in both.
+    Returns:
+        ``letters.Agreement`` as plain values, and ``num_unread``: questions left out because one of the two answers
+        named no option. Of no question read in both orders, ``n`` (0) and ``num_unread`` alone.
     """
     own = {(line["id"], line["seed"]): line for line in original}
     pairs = [(own[key], line) for line in rotated if (key := (line["id"], line["seed"])) in own]
-    chosen = []
-    for plain, turned in pairs:
-        letters = turned["choices"]
-        back = turned["parsed"] and original_letter(turned["parsed"], shift, letters)
-        chosen.append([plain["parsed"], back])
-    return asdict(compare_choices(chosen))
+    chosen = [
+        [plain["parsed"], original_letter(turned["parsed"], shift, turned["choices"])]
+        for plain, turned in pairs
+        if plain["parsed"] in plain["choices"] and turned["parsed"] in turned["choices"]
+    ]
+    unread = {"num_unread": len(pairs) - len(chosen)}
+    return {**asdict(compare_choices(chosen)), **unread} if chosen else {"n": 0, **unread}
 
 
 def add_usage(lines: Sequence[Line]) -> dict[str, Any]:
@@ -205,14 +211,21 @@ def _count_letters(lines: Sequence[Line]) -> dict[str, Any] | None:
 
 
 def _count_votes(questions: Sequence[Sequence[Line]]) -> dict[str, Any]:
-    ballots = [
-        count_votes([line["parsed"] for line in lines], [is_right(line) for line in lines]) for lines in questions
-    ]
+    ballots = [count_votes([_spell(line) for line in lines], [is_right(line) for line in lines]) for lines in questions]
     sizes = range(1, len(questions[0]) + 1)
     return {
         "majority": {str(k): majority_accuracy(ballots, k) for k in sizes},
         "calibration": asdict(calibrate(ballots)),
     }
+
+
+def _spell(line: Line) -> str | None:
+    """Return an answer in the one spelling that votes are counted by: 99 mL, 99.0 mL and 99 ml. are one candidate."""
+    parsed: str | None = line["parsed"]
+    if parsed is None or line["answer_kind"] in (AnswerKind.LETTER, AnswerKind.YESNO):
+        return parsed
+    quantity = read_number(parsed) if line["answer_kind"] == AnswerKind.NUMBER else None
+    return normalise_phrase(parsed) if quantity is None else f"{quantity.value.normalize():f} {quantity.unit}"
 
 
 def _pair(before: Sequence[Line], after: Sequence[Line]) -> tuple[list[list[Line]], list[list[Line]], int]:

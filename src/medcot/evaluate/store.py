@@ -32,6 +32,8 @@ from medcot.evaluate.backends import Answer, Backend, Counts, Ending, Limits, Re
 from medcot.records import Finish
 
 SYNC_EVERY = 8  # lines between two fsyncs
+# To be raised when the same tokens or the same reply would become another answer: closing, cutting, splitting.
+READING = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ def compute_key(subject: Subject, request: Request, prompt_text: str) -> str:
         prompt_text: all the text that the model reads.
     """
     parts = {
+        "reading": READING,
         **asdict(subject),
         "item": request.item_id,
         "prompt": prompt_text,

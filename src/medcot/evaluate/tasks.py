@@ -267,6 +267,11 @@ def load_task(wanted: Wanted | str, *, revision: str | None = None, token: str |
     return Task(asked.label, items, loaded.sha256, len(known), num_options, loaded.revision, sentences=tuple(sentences))
 
 
+def load_suite(text: str, *, token: str | None = None) -> list[Task]:
+    """Load what ``parse_suite`` reads; errors as for ``parse_suite`` and ``load_task``."""
+    return [load_task(wanted, token=token) for wanted in parse_suite(text)]
+
+
 def _find_source(asked: Wanted, entry: Entry) -> str:
     """Return what ``load_benchmark`` reads, under the benchmark's name where it has one."""
     if asked.source is None and entry.benchmark is None:

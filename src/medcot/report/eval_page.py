@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def build_context(results: Mapping[str, Any], respondents: Sequence[Respondent],
         "errors": build_errors(respondents, view),
         "topics": [(row, found) for row in view.rows if (found := build_topics(row))],
         "max_open_topics": MAX_OPEN_TOPICS,
-        "flips": build_flips(view, lines),
+        "flips": build_flips(view, lines, are_here=not is_comparison(results)),
         "rotations": build_rotations(results, view, lines),
         "blanks": build_controls(results, view, BLANK),
         "plain_answers": build_controls(results, view, NO_THINKING),
@@ -87,9 +88,21 @@ def build_context(results: Mapping[str, Any], respondents: Sequence[Respondent],
         "usage": build_usage(results, view),
         "setup": build_setup(results),
         "timing": build_timing(results["timing"]) if isinstance(results.get("timing"), Mapping) else [],
-        "files": [(RESULTS, "every figure"), (f"{ITEMS}/", "every answer, a line each"), (REPORT, "this page")],
+        "files": build_files(results),
+        "elsewhere": eval_words.say_where(results.get("folders") or ()) if is_comparison(results) else "",
         "intended_use": INTENDED_USE,
     }
+
+
+def is_comparison(results: Mapping[str, Any]) -> bool:
+    """Return whether the results are of several folders, where the answers stay."""
+    return results.get("kind") == "comparison"
+
+
+def build_files(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the files that lie beside the page, and what is in them."""
+    items = [] if is_comparison(results) else [(f"{ITEMS}/", "every answer, a line each")]
+    return [(RESULTS, "every figure"), *items, (REPORT, "this page")]
 
 
 def _say_when(created: Any) -> str:
@@ -105,10 +118,10 @@ def _join_suite(suite: Any) -> str:
 
 
 def build_notes(results: Mapping[str, Any]) -> list[str]:
-    """Return what a reader must know before any figure: what is not there yet, and what cannot be compared."""
+    """Return what a reader must know before any figure: what is not there yet, what differs, what was left out."""
     unfinished = results.get("status") not in (None, "complete", "finished")
     notes = ["Not all questions were answered; the figures are of those that were."] if unfinished else []
-    return notes + [
+    return [*notes, *map(str, results.get("notes") or ())] + [
         f"{it['after']} against {it['before']}: no question of {words.join(it['missing'])} was put to both, so nothing"
         " is said of it."
         for it in results.get("comparisons") or ()
@@ -155,8 +168,16 @@ class Flips:
     rest: str
 
 
-def build_flips(view: View, lines: Mapping[str, Mapping[str, Mapping[str | None, list[Line]]]]) -> list[Flips]:
-    """Return the groups of questions that flipped, by comparison, task and direction, empty ones left out."""
+def build_flips(
+    view: View, lines: Mapping[str, Mapping[str, Mapping[str | None, list[Line]]]], *, are_here: bool
+) -> list[Flips]:
+    """Return the groups of questions that flipped, by comparison, task and direction, empty ones left out.
+
+    Args:
+        view: of the results.
+        lines: model to task to control to lines.
+        are_here: whether the files of these lines lie beside the page.
+    """
     groups = [
         (before, after, row.task, kind, pairs)
         for place, (before, after) in enumerate(view.comparisons)
@@ -170,7 +191,11 @@ def build_flips(view: View, lines: Mapping[str, Mapping[str, Mapping[str | None,
         Flips(
             before, after, task, kind, len(pairs),
             tuple(Pair(build_sample(old), build_sample(new)) for old, new in pairs[:most]),
-            eval_words.say_fewer(most, len(pairs), [_name_file(model, task) for model in (before, after)]),
+            eval_words.say_fewer(
+                most,
+                len(pairs),
+                [_name_file(model, task) for model in (before, after)] if are_here else ["the folders compared"],
+            ),
         )
         for before, after, task, kind, pairs in groups
     ]  # fmt: skip
@@ -213,6 +238,8 @@ def build_controls(results: Mapping[str, Any], view: View, control: str) -> list
 def _say_control(control: str, found: Mapping[str, Any], score: Mapping[str, Any] | None) -> str:
     if control == BLANK:
         return eval_words.describe_blank(found, score)
+    if "agreement" in found:
+        return eval_words.describe_agreement(found["agreement"])
     return eval_words.describe_worth(found["change"]) if control == NO_THINKING and found.get("change") else ""
 
 
@@ -228,9 +255,10 @@ def build_rotations(
 
 
 def _differ_by_seed(lines: Sequence[Line]) -> float | None:
-    """Return the chance that two answers to one question, drawn alike, are not the same."""
+    """Return the chance that two answers to one question, drawn alike and both read, are not the same."""
     answers = [[line["parsed"] for line in found] for found in group_by_question(lines).values()]
-    return compare_choices(answers).disagreement if len(answers[0]) > 1 else None
+    pairs = [pair for given in answers for pair in combinations(given, 2) if None not in pair]
+    return compare_choices(pairs).disagreement if pairs else None
 
 
 # Thinking, cost, settings ---------------------------------------------------------------------------------------------
@@ -273,10 +301,16 @@ def build_setup(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, s
     """Return models, settings, machine and versions as titled lists of label and value."""
     models = results.get("models") or ()
     groups = [
-        *((str(model["name"]), {key: value for key, value in model.items() if key != "name"}) for model in models),
+        *((str(model["name"]), _list_facts(model)) for model in models),
         ("Settings", results.get("settings")),
         ("Machine", results.get("machine")),
     ]
     found = [(title, rows) for title, values in groups if (rows := as_rows(values))]
     versions = results.get("versions") or {}
     return [*found, *([("Versions", [(str(k), str(v)) for k, v in versions.items()])] if versions else [])]
+
+
+def _list_facts(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model is and how it was asked, as one list."""
+    facts = {key: value for key, value in model.items() if key not in ("name", "settings")}
+    return {**facts, **(model.get("settings") or {})}

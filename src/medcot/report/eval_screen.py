@@ -23,6 +23,7 @@ from medcot.evaluate.results import ROTATE
 from medcot.evaluate.stats import Verdict, wilson
 from medcot.records import Outcome
 from medcot.report import words
+from medcot.report.eval_words import describe_agreement
 from medcot.report.evidence import make_visible
 from medcot.report.plan_screen import print_plan, print_tasks
 from medcot.report.screen import Cell, Column, Part, Screen, Sections
@@ -30,7 +31,6 @@ from medcot.report.screen import Cell, Column, Part, Screen, Sections
 __all__ = ["print_grades", "print_plan", "print_results", "print_tasks"]
 
 WIDE = 116  # columns of a window from which on a table has all of its own
-UNEVEN = 0.001  # p-value below which the letters chosen are said not to fit the right ones
 
 _VERDICTS: dict[str, Part] = {
     Verdict.BETTER: ("+ better", "bold green"),
@@ -49,6 +49,7 @@ def print_results(results: Found, console: Console) -> None:
     screen = Screen(console)
     if results["comparisons"]:
         _say_verdict(results["comparisons"], screen)
+    _print_notes(results.get("notes") or (), screen)
     _print_models(results["models"], screen)
     _print_scores(results, screen)
     for change in results["comparisons"]:
@@ -77,6 +78,14 @@ def _say_verdict(changes: Sequence[Found], screen: Screen) -> None:
     screen.say((_visible(verdict.headline), _TONES.get(verdict.tone, "bold")))
     screen.say((_visible(verdict.sentence), ""))
     screen.skip()
+
+
+def _print_notes(notes: Sequence[str], screen: Screen) -> None:
+    """Print what must be known before any figure is believed: conditions that differ, questions left out."""
+    for note in notes:
+        screen.say((_visible(note), "yellow"))
+    if notes:
+        screen.skip()
 
 
 def _shorten(names: Iterable[str], screen: Screen) -> dict[str, str]:
@@ -170,7 +179,7 @@ def _say_letters(who: str, found: Found, screen: Screen) -> None:
     letters = found["letters"]
     if not letters or found["seeds"] > 1 or not letters["enough"] or letters["p_value"] is None:
         return
-    if letters["p_value"] >= UNEVEN:
+    if letters["p_value"] >= words.UNEVEN:
         return
     chosen = ", ".join(f"{_visible(name)} {count:,}" for name, count in letters["chosen"].items())
     right = ", ".join(f"{_visible(name)} {count:,}" for name, count in letters["gold"].items())
@@ -265,7 +274,7 @@ def _name_control(control: str) -> str:
 def _say_effect(found: Found) -> str:
     """Return what a control did: the change of the score, or how many answers did not follow their options."""
     if "agreement" in found:
-        return f"{words.percent(found['agreement']['flip_rate'])} did not follow"
+        return describe_agreement(found["agreement"])
     if "change" in found:
         change = found["change"]
         return f"{words.points(change['delta'])} ({words.change_interval(change['interval'])})"

@@ -10,7 +10,7 @@ Figures stay as they were computed; the templates format them. What a figure mea
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Facts = Mapping[str, Any]
@@ -62,6 +62,13 @@ class View:
     models: tuple[Model, ...]
     comparisons: tuple[tuple[Model, Model], ...]
     rows: tuple[TaskRow, ...]
+
+    @property
+    def has_one_base(self) -> bool:
+        """Whether the comparisons are those of every other model with the first."""
+        return [(before, after) for before, after in self.comparisons] == [
+            (self.models[0], model) for model in self.models[1:]
+        ]
 
     @property
     def num_seeds(self) -> int:
@@ -164,13 +171,21 @@ def build_outcomes(view: View) -> list[OutcomeRow]:
 
 
 @dataclass(frozen=True, slots=True)
+class TopicChange:
+    """After minus before: of right answers, or of their share where one side gave more answers to a question."""
+
+    delta: float
+    is_share: bool
+
+
+@dataclass(frozen=True, slots=True)
 class TopicRow:
     """Right answers of one topic: (correct, of how many) a model, and after minus before a comparison."""
 
     name: str
     n: int
     counts: tuple[tuple[int, int] | None, ...]
-    changes: tuple[int | None, ...]
+    changes: tuple[TopicChange | None, ...]
 
 
 def build_topics(row: TaskRow) -> list[TopicRow]:
@@ -184,11 +199,31 @@ def _build_topic(row: TaskRow, topic: str) -> TopicRow:
     for score in row.scores:
         found = ((score or {}).get("topics") or {}).get(topic)
         counts.append((int(found["correct"]), int(found["n"])) if found else None)
-    changes = []
-    for change in row.changes:
+    changes: list[TopicChange | None] = []
+    for place, change in enumerate(row.changes, 1):
         found = ((change or {}).get("topics") or {}).get(topic)
-        changes.append(int(found["after"]) - int(found["before"]) if found else None)
+        # Of a topic that only one side calls so, nothing was asked of both.
+        if not found or not counts[0] or not counts[place]:
+            changes.append(None)
+        else:
+            changes.append(_shift_shared(found, row.scores[0] or {}, row.scores[place] or {}))
     return TopicRow(topic, max(count[1] for count in counts if count), tuple(counts), tuple(changes))
+
+
+def _shift_shared(found: Facts, before: Facts, after: Facts) -> TopicChange:
+    """Return the change on the questions that both sides were asked; how many answers these had is the first side's.
+
+    A model gives the same number of answers to each question, so that the other side's follows from it.
+    """
+    was, now = (score.get("seeds") or 1 for score in (before, after))
+    return _shift((int(found["before"]), int(found["n"])), (int(found["after"]), int(found["n"]) * now / was))
+
+
+def _shift(before: tuple[int, float], after: tuple[int, float]) -> TopicChange:
+    """Return the change between two counts, each (correct, of how many)."""
+    if before[1] == after[1]:
+        return TopicChange(after[0] - before[0], is_share=False)
+    return TopicChange(after[0] / after[1] - before[0] / before[1], is_share=True)
 
 
 def build_pooled_topics(sides: Sequence[tuple[str, Facts]]) -> tuple[list[Model], list[TopicRow]]:
@@ -198,14 +233,15 @@ def build_pooled_topics(sides: Sequence[tuple[str, Facts]]) -> tuple[list[Model]
         sides: ``before`` and ``after``, or one of them, each with its pooled score.
     """
     models = [Model(side, side.capitalize(), side) for side, _ in sides]
-    plain = TaskRow("", {}, tuple(score for _, score in sides), ())
-    rows = build_topics(plain)
-    if len(sides) < 2:
-        return models, rows
-    return models, [
-        TopicRow(row.name, row.n, row.counts, ((row.counts[1] or (0, 0))[0] - (row.counts[0] or (0, 0))[0],))
-        for row in rows
-    ]
+    scores = tuple(score for _, score in sides)
+    rows = build_topics(TaskRow("", {}, scores, (None,) * (len(scores) - 1)))
+    return models, [replace(row, changes=tuple(_shift_counts(row.counts))) for row in rows]
+
+
+def _shift_counts(counts: Sequence[tuple[int, int] | None]) -> Iterator[TopicChange | None]:
+    """Give the change of each count from the first; ``None`` where a side was not asked."""
+    for after in counts[1:]:
+        yield _shift(counts[0], after) if counts[0] and after else None
 
 
 # Letters --------------------------------------------------------------------------------------------------------------
@@ -219,6 +255,7 @@ class LetterRow:
     model: Model
     bars: tuple[tuple[str, float | None, float], ...]
     letters: Facts
+    seeds: int  # answers a question
 
     @property
     def top(self) -> float:
@@ -238,7 +275,7 @@ def build_letters(view: View) -> list[LetterRow]:
             (str(letter), chosen.get(letter, 0) / read if read else None, gold.get(letter, 0) / known if known else 0.0)
             for letter in sorted({*chosen, *gold})
         )
-        found.append(LetterRow(row, model, bars, letters))
+        found.append(LetterRow(row, model, bars, letters, score.get("seeds") or 1))
     return found
 
 

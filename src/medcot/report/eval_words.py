@@ -14,6 +14,7 @@ from typing import Any
 from medcot.report.eval_views import LetterRow, View
 from medcot.report.words import (
     SIGNIFICANCE,
+    UNEVEN,
     Verdict,
     change_interval,
     count,
@@ -54,8 +55,8 @@ def _say_power(tone: str, results: Facts) -> str:
     if tone != "open" or not found:
         return ""
     least, most = (size(end) for end in (min(found), max(found)))
-    size = f"{least} points" if least == most else f"{least} to {most} points, by task,"
-    return f" That is no proof of sameness: a change of {size} was likely to be found, a smaller one was not."
+    change = f"{least} points" if least == most else f"{least} to {most} points, by task,"
+    return f" That is no proof of sameness: a change of {change} was likely to be found, a smaller one was not."
 
 
 def _judge_scores(view: View) -> Verdict:
@@ -90,28 +91,48 @@ def is_above_floor(score: Facts) -> bool:
 
 
 def describe_letters(line: LetterRow) -> str:
-    """Return whether a model leans to a letter, in words."""
+    """Return whether a model leans to a letter, in words.
+
+    The test takes answers for independent draws, which several to one question are not: of these the share alone is
+    told. JSON has no infinity, so the chi-square of a letter that is never right may be lost, and its p-value is not.
+    """
     letters = line.letters
     chi_square, p_value = letters["chi_square"], letters["p_value"]
     noun = "answer" if letters["unread"] == 1 else "answers"
     unread = f" {count(letters['unread'])} {noun} could not be read." if letters["unread"] else ""
     if letters["moved_share"] is None:
         return "No answer had a choice that could be read."
-    if chi_square is None:
+    if p_value is None:
         return f"One choice only, so nothing to lean to.{unread}"
-    if math.isinf(chi_square):
+    if chi_square is None or math.isinf(chi_square):
         return f"Gives an answer that is never right here.{unread}"
+    moved = f"{percent(letters['moved_share'])} would have to move to match the right ones"
+    if line.seeds > 1:
+        return f"{moved}; not tested, for answers to one question are no independent draws.{unread}"
     test = f"chi-square {chi_square:.1f}, {p_text(p_value)}"
     if not letters["enough"]:
         return f"Too few to tell ({test}, but some answers are expected fewer than 5 times).{unread}"
-    if p_value < SIGNIFICANCE:
-        return f"Leans: {percent(letters['moved_share'])} would have to move to match the right ones ({test}).{unread}"
-    return f"No lean seen ({test}).{unread}"
+    if p_value < UNEVEN:
+        return f"Leans: {moved} ({test}).{unread}"
+    return f"No clear lean ({test}).{unread}"
+
+
+def describe_agreement(agreement: Facts) -> str:
+    """Return how many answers stayed behind when their options moved, of those that could be read in both orders."""
+    num_read, num_unread = agreement["n"], agreement["num_unread"]
+    if not num_read:
+        return f"Nothing can be told: none of {count(num_unread)} was read in both orders"
+    unread = f", {count(num_unread)} not read" if num_unread else ""
+    return f"{percent(agreement['flip_rate'])} of {count(num_read)} did not follow{unread}"
 
 
 def describe_blank(control: Facts, score: Facts | None) -> str:
-    """Return what answering without the question shows, against the floor of the task."""
-    letters = (score or {}).get("letters")
+    """Return what answering without the question shows, against the floor of the control's own questions.
+
+    A control asks few of the task's questions, whose commonest answer is another share; the task's stands in for it
+    where the control's is not known.
+    """
+    letters = control.get("letters") or (score or {}).get("letters")
     if not letters:
         return ""
     floor = percent(letters["always_commonest"])
@@ -174,3 +195,9 @@ def name_missing(view: View, results: Facts) -> list[tuple[str, str]]:
 def say_fewer(shown: int, there: int, where: Sequence[str]) -> str:
     """Return where the rest of a list is; nothing where all of it is shown."""
     return f"{there - shown:,} more are lines of {' and '.join(where)}." if there > shown else ""
+
+
+def say_where(folders: Sequence[str]) -> str:
+    """Return where the answers of a comparison are, whose own folder has none."""
+    names = f": {join(folders)}" if folders else ""
+    return f"Every answer is a line of a file in the folders compared{names}."

@@ -105,7 +105,7 @@ def print_plan(
     """Print what is about to be asked, and what it can show.
 
     Args:
-        tasks: as loaded, controls included.
+        tasks: as loaded; their controls are asked besides, and counted in ``num_requests``.
         seeds: answers a question.
         compared: whether two models will be.
         flip_rate: share of questions assumed to change their verdict.
@@ -113,23 +113,19 @@ def print_plan(
         console: where to.
     """
     screen = Screen(console)
-    plain = [task for task in tasks if task.control is None]
     columns = [Column("task", folds=True), Column("items", right=True), Column("of", right=True),
                Column("options", right=True), Column("sha256")]  # fmt: skip
     columns += [] if compared else [Column("interval at 50 %", right=True)]
     screen.tabulate(columns, [_plan_cells(task, compared=compared) for task in tasks])
     for task in tasks:
-        # A control repeats what is said of its task before it says what it left out.
-        of_task = next((it.sentences for it in plain if it.base == task.base and it is not task), ())
         for sentence in task.sentences:
-            if sentence not in of_task:
-                screen.say((f"{_label(task)}: {make_visible(sentence)}", "dim"))
+            screen.say((make_visible(f"{task.name}: {sentence}"), "dim"))
     if compared:
         screen.skip()
         screen.say(("What can be told from chance", "bold"))
-        for task in plain:
-            told = compute_plan(len(task.items), flip_rate, num_tasks=len(plain), seeds=seeds).describe()
-            screen.say((_label(task), "bold cyan"))
+        for task in tasks:
+            told = compute_plan(len(task.items), flip_rate, num_tasks=len(tasks), seeds=seeds).describe()
+            screen.say((make_visible(task.name), "bold cyan"))
             screen.say((told, ""), indent=2)
     screen.skip()
     answers = "1 answer" if num_requests == 1 else f"{num_requests:,} answers"
@@ -141,8 +137,11 @@ def _plan_cells(task: Task, *, compared: bool) -> list[Cell]:
     low, high = wilson(n // 2, n)
     half: list[Cell] = [] if compared else [f"±{100 * (high - low) / 2:.1f} points"]
     options = "" if task.num_options is None else str(task.num_options)
-    return [(_label(task), "bold"), f"{n:,}", f"{task.num_available:,}", options, (task.sha256[:12], "dim"), *half]
-
-
-def _label(task: Task) -> str:
-    return make_visible(task.name if task.control is None else f"{task.name} {task.control}")
+    return [
+        (make_visible(task.name), "bold"),
+        f"{n:,}",
+        f"{task.num_available:,}",
+        options,
+        (task.sha256[:12], "dim"),
+        *half,
+    ]

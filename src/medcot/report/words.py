@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SIGNIFICANCE = 0.05
+UNEVEN = 0.001  # p-value below which the letters chosen are said not to fit the right ones: many are tested at once
 _THIN = "\u202f"  # narrow no-break space: before the percent sign and units
 _MINUS = "\N{MINUS SIGN}"
 UNKNOWN = "\N{EN DASH}"

@@ -417,13 +417,10 @@ def _keep_metrics(run: Run, resume_from: Path | None) -> dict[str, Any]:
 def _compare(job: Job, tasks: Sequence[Task], before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
     from medcot import asking
 
-    job.record(
-        eval={
-            "source": job.recipe.evaluate.source,
-            "adapter_sha256": asking.hash_adapter(job.run.adapter),
-            **asking.summarise_samples(tasks, before, after),
-        }
-    )
+    found = asking.summarise_samples(tasks, before, after)
+    if found:
+        found["adapter_sha256"] = asking.hash_adapter(job.run.adapter)
+    job.record(eval={"source": job.recipe.evaluate.source, **found})
 
 
 def _merge(job: Job, loaded: LoadedModel) -> str:

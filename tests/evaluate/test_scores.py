@@ -105,6 +105,7 @@ def test_the_smallest_budget_not_seen_to_lose_is_recommended() -> None:
     assert curve.recommended in (1024, 2048) and "Serve with" in curve.sentence
     if curve.recommended != curve.best:
         assert "-0." in curve.sentence, "it is no better than the best"
+    assert "none can be recommended" in build_curve({64: make_lines(TASK, 0.0, cap=64)}).sentence
     alone = build_curve({64: make_lines(TASK, 0.5, cap=64)})
     assert "every smaller one" not in alone.sentence and alone.recommended == 64
     assert curve.points[0].p_value < 0.001 and curve.points[0].delta < -0.3

@@ -79,6 +79,8 @@ def _point(budget: int, found: Mapping[str, Any], lines: Sequence[Line], best: S
 
 def _say(chosen: BudgetPoint, best: int, *, is_smallest: bool) -> str:
     head = f"Serve with {chosen.think_tokens:,} tokens for thinking: {chosen.accuracy:.1%} of {chosen.n:,} questions"
+    if chosen.accuracy == 0:
+        return f"No budget got any of {chosen.n:,} questions right, so none can be recommended."
     if chosen.think_tokens == best:
         smaller = "" if is_smallest else "; every smaller one lost more than a point, or significantly"
         return f"{head}, the best of the budgets tried{smaller}."

@@ -14,13 +14,15 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from flaky_server import FlakyServer
 from made_lines import make_task
 from medcot import answering, asking, cli, evaluation
 from medcot.answering import Answerer, Choice, choose_run, find_adapter
-from medcot.errors import DataError, ModelError, OutputError, RecipeError
+from medcot.errors import DataError, ModelError, NetworkError, OutputError, RecipeError
 from medcot.evaluate import vllm_writer
 from medcot.evaluate.backends import Ending, Limits, Request, answer_failed
 from medcot.evaluate.results import read_respondents
+from medcot.evaluate.servers import build_endpoint
 from medcot.evaluation import Settings, compare, evaluate, plan_rounds
 from medcot.folder import read_lines
 from medcot.prompt import Style
@@ -219,6 +221,16 @@ def test_answers_of_a_server_on_this_machine_are_kept_in_the_folder_alone(
     monkeypatch.setattr(evaluation, "open_answerers", lambda *_: iter([answerer]))
     _, output = look("builtin:clinic:3", Choice("x"), SETTINGS, tmp_path / "out")
     assert not cache.exists() and (tmp_path / "out" / "answers.jsonl").is_file() and "goes on with them" in output
+
+
+def test_a_server_is_asked_for_real_and_one_that_is_not_there_is_missed_at_once(tmp_path: Path, cache: Path) -> None:
+    with FlakyServer({}) as server:
+        here = build_endpoint("m", server.url)
+        facts, _ = look("builtin:clinic:4", here, SETTINGS, tmp_path / "out")
+    assert facts["models"][0]["backend"] == "endpoint" and facts["usage"]["m"]["answers"] == 4
+    assert facts["scores"]["m"]["builtin:clinic"]["failed"] == 0 and not cache.exists()
+    with pytest.raises(NetworkError, match="nobody answers"):
+        look("builtin:clinic:5", here, SETTINGS, tmp_path / "out")
 
 
 def test_a_base_and_an_adapter_of_one_name_are_two(tmp_path: Path) -> None:

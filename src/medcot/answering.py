@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from medcot.asking import ADAPTER_FILES, count_prompt_tokens, hash_adapter, name_base, stamp_weights
 from medcot.errors import ModelError
 from medcot.evaluate.backends import Backend, Ending, Limits
-from medcot.evaluate.endpoint import Endpoint, EndpointBackend, is_this_machine
+from medcot.evaluate.endpoint import Endpoint, EndpointBackend, check_there, is_this_machine
 from medcot.evaluate.results import read_json, slug
 from medcot.evaluate.servers import find_server
 from medcot.evaluate.tasks import Task
@@ -140,6 +140,7 @@ def open_answerers(who: Choice | Endpoint, tasks: Sequence[Task], limits: Limits
 
 
 def _of_endpoint(endpoint: Endpoint) -> Answerer:
+    check_there(endpoint)
     server = find_server(endpoint.base_url)
     facts = {
         "source": endpoint.model,

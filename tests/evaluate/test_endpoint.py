@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flaky_server import FlakyServer
 
+from flaky_server import FlakyServer
 from medcot.errors import ModelError, NetworkError
 from medcot.evaluate import endpoint
 from medcot.evaluate.backends import Answer, Counts, Ending, Limits, Request

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_lines import make_lines, make_respondent, make_task
 
+from made_lines import make_lines, make_respondent, make_task
 from medcot.errors import DataError, OutputError
 from medcot.evaluate.lm_eval import FILTERS, INVALID, METRICS, export_lm_eval
 from medcot.evaluate.resampling import summarise_seeds

@@ -46,6 +46,7 @@ _KEY_OR_MONEY = {401, 402, 403}
 _WRONG_PLACE = {301, 302, 303, 307, 308, 404, 405}
 _NO_MONEY = "insufficient_quota"  # OpenAI sends it as a 429, which no waiting mends
 _FLAGGED = ("flagged", "moderation", "content_policy")  # OpenRouter's 403 of one question
+LONGEST_CHECK_S = 30.0  # for the first sign of a server
 FEWEST_FAILED = 4  # requests that may fail in a row, however few are under way together
 FEWEST_REFUSED = 32  # requests that may be refused in one and the same word before any was answered
 LONGEST_WISH_S = 3600.0  # of a Retry-After; a longer one is a daily limit, and not to be slept through
@@ -352,6 +353,29 @@ def is_this_machine(base_url: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name
         return host == "localhost" or host.endswith(".localhost")
+
+
+def check_there(endpoint: Endpoint) -> None:
+    """Ask for the list of models, without the key: any reply shows that somebody is there.
+
+    A server that goes away later is waited for; one that was never there is most likely a wrong address, and waiting
+    for it through all attempts would hide that for minutes.
+
+    Raises:
+        NetworkError: nobody answers.
+    """
+    try:
+        httpx.get(
+            f"{endpoint.base_url.rstrip('/')}/models",
+            timeout=min(endpoint.timeout_s, LONGEST_CHECK_S),
+            trust_env=not is_this_machine(endpoint.base_url),
+        )
+    except httpx.RequestError as error:
+        raise NetworkError(
+            f"nobody answers at {endpoint.base_url}: {type(error).__name__}",
+            "A server must be there when an evaluation begins; one that goes away later is waited for",
+            "Check the address, and that the server has started",
+        ) from None
 
 
 class _Status(Exception):

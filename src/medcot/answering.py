@@ -163,6 +163,9 @@ def _open_local(choice: Choice, tasks: Sequence[Task], limits: Limits) -> Iterat
     from medcot.shapes import compute_shape
 
     room = limits.think_tokens + limits.answer_tokens
+    adapter = (
+        None if choice.adapter is None else find_adapter(choice.adapter)
+    )  # missed now, not after the base's answers
     loaded = load(
         choice.source,
         precision=choice.precision,
@@ -185,8 +188,7 @@ def _open_local(choice: Choice, tasks: Sequence[Task], limits: Limits) -> Iterat
     facts = {**_describe(loaded), "backend": choice.engine.value, "style": choice.style.value, "together": together}
     base, tuned = _name_both(choice)
     yield Answerer(base, {**facts, "adapter": None}, build(loaded.model), name, None)
-    if choice.adapter is not None:
-        adapter = find_adapter(choice.adapter)
+    if adapter is not None:
         engine.release(loaded.model)
         digest = hash_adapter(adapter)
         facts = {**facts, "adapter": choice.adapter, "adapter_sha256": digest}

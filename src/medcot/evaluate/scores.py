@@ -105,8 +105,8 @@ def compare(before: Mapping[str, Sequence[Line]], after: Mapping[str, Sequence[L
         raise DataError(
             f"no question is on both sides, of {_name(before)} and of {_name(after)}",
             "Two evaluations are compared on questions that both were asked, in the same words",
-            "Evaluate both on the same tasks; a run whose recipe has evaluate.ask_form=false asks without the wish for the"
-            " last line, as 'medcot eval' never does",
+            "Evaluate both on the same tasks; a run whose recipe has evaluate.ask_form=false asks without the wish for"
+            " the last line, as 'medcot eval' never does",
         )
     rights = {task: (_rights(was), _rights(now)) for task, (was, now, _) in pairs.items()}
     return {

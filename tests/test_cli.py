@@ -286,3 +286,12 @@ def test_log_messages_are_shown_as_notes(capsys):
     logging.getLogger("medcot.embedded").info("fetching %s", "once")
     logging.getLogger("medcot.embedded").warning("damaged")
     assert capsys.readouterr().out == "  fetching once\n! damaged\n"
+
+
+def test_grade_says_which_lines_could_not_be_graded_and_grades_the_others(tmp_path):
+    path = tmp_path / "outputs.jsonl"
+    path.write_text('{"output": "Final answer: B", "kind": "letter", "gold": "B"}\n{"output": 1}\n', encoding="utf-8")
+    done = _invoke("grade", str(path))
+    assert done.exit_code == 2
+    assert [("outcome" in line) for line in map(json.loads, done.stdout.splitlines())] == [True, False]
+    assert "1 of the lines cannot be graded. Line 2" in done.stderr

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from medcot.errors import RecipeError, did_you_mean
+from medcot.errors import DataError, RecipeError, did_you_mean
 from medcot.terminal import open_console, reporting
 
 if TYPE_CHECKING:
@@ -35,18 +35,32 @@ def tasks() -> None:
 
 
 def grade(
-    file: Annotated[Path, typer.Argument(help="JSON Lines with output, kind (letter, yesno, number, text) and gold.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="JSON Lines with output, kind (letter, yesno, number, text) and gold; - for standard input."
+        ),
+    ],
     forced: Annotated[
         bool, typer.Option("--forced-thinking", help="The prompt opened the thinking: text without a tag is thinking.")
     ] = False,
     summary: Annotated[bool, typer.Option("--summary", help="A table on standard error, also into a pipe.")] = False,
 ) -> None:
-    """Grade outputs made anywhere: each line back, with outcome and parsed put in."""
+    """Grade outputs made anywhere: each line back, with outcome and parsed put in. Exit code 2 if one cannot be."""
     with reporting():
         from medcot.evaluate.grade_file import Thinking, grade_file
         from medcot.report.eval_screen import print_grades
 
-        print_grades(grade_file(file, thinking=Thinking.FORCED if forced else Thinking.TAGGED), summary=summary)
+        file = Path("/dev/stdin") if file == Path("-") else file
+        thinking = Thinking.FORCED if forced else Thinking.TAGGED
+        bad: list[DataError] = []
+        print_grades(grade_file(file, thinking=thinking, on_bad_line=bad.append), summary=summary)
+        if bad:
+            raise DataError(
+                f"{len(bad):,} of the lines cannot be graded. {bad[0].value}",
+                bad[0].rule,
+                f"{bad[0].remedy}; lines that cannot be graded came back with 'error' and without outcome",
+            )
 
 
 def compare(

@@ -56,7 +56,7 @@ def test_lines_come_one_by_one_and_packed_files_too(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(("\ufeff" + json.dumps(LINE) + "\n\n" + json.dumps({**LINE, "kind": "x"})).encode()))
     lines = grade_file(str(path))
     assert next(lines) == {**LINE, "outcome": "correct", "parsed": "B", "lenient_outcome": "correct"}
-    with pytest.raises(DataError, match=r"Line 3 of '.*' has 'kind' ''x''"):
+    with pytest.raises(DataError, match=r"Line 3 of '.*' has 'kind' 'x'"):
         next(lines)
     graded = next(grade_file(_write(tmp_path / "again.jsonl", {**LINE, "outcome": "wrong", "own": [1, None]})))
     assert (graded["outcome"], graded["own"]) == ("correct", [1, None])
@@ -170,8 +170,21 @@ def test_a_broken_file_is_an_error(tmp_path: Path, content: bytes, message: str)
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         list(grade_file(path))
-    with pytest.raises(DataError, match="cannot be read"):
-        list(grade_file(tmp_path / "none.jsonl"))
+    for unread, remedy in ((tmp_path / "none.jsonl", "nothing is there"), (tmp_path, "Name a file in this folder")):
+        with pytest.raises(DataError, match=f"cannot be read .*{remedy}"):
+            list(grade_file(unread))
+
+
+def test_a_line_that_cannot_be_graded_is_given_back_and_the_others_are_graded(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    old = {**LINE, "kind": "yes/no", "outcome": "correct", "own": 1}
+    path.write_text("\n".join([json.dumps(LINE), "nonsense", "", json.dumps(old), json.dumps(LINE)]), encoding="utf-8")
+    bad: list[DataError] = []
+    lines = list(grade_file(path, on_bad_line=bad.append))
+    assert ["outcome" in line for line in lines] == [True, False, False, True]
+    assert lines[1]["line"] == 2 and lines[2]["own"] == 1 and lines[0] == lines[3]
+    assert [line["error"] for line in lines[1:3]] == [str(error) for error in bad]
+    assert bad[1].value == f"Line 4 of '{path}' has 'kind' 'yes/no'" and bad[1].remedy == "Did you mean 'yesno'?"
 
 
 def test_real_questions_grade(tmp_path: Path) -> None:

@@ -157,9 +157,12 @@ def no_rows(path: Path, value: str) -> DataError:
 
 def unreadable(path: Path, error: OSError) -> DataError:
     """Return the error for a file that the system does not let us read."""
-    return DataError(
-        f"'{path}' cannot be read ({error.strerror})", "Data files must be readable", "Check its permissions"
-    )
+    remedy = "Check its permissions"
+    if isinstance(error, FileNotFoundError):
+        remedy = "Check the path: nothing is there"
+    elif isinstance(error, IsADirectoryError):
+        remedy = "Name a file in this folder"
+    return DataError(f"'{path}' cannot be read ({error.strerror})", "Data files must be readable", remedy)
 
 
 def quote(text: str, limit: int = 60) -> str:

@@ -18,7 +18,7 @@ filled and has no meaning for the kind is an error, because it shows that the fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from decimal import Context, Decimal
 from enum import StrEnum
 from pathlib import Path
@@ -28,7 +28,7 @@ from medcot.data.choices import read_options
 from medcot.data.formats import parse_lines
 from medcot.data.lines import Lines, no_rows, quote
 from medcot.data.reading import UnusableRow
-from medcot.errors import DataError
+from medcot.errors import DataError, did_you_mean
 from medcot.evaluate.answers import check_gradable, read_number
 from medcot.evaluate.grading import grade
 from medcot.evaluate.lenient import lenient
@@ -36,6 +36,7 @@ from medcot.evaluate.units import normalise_unit
 from medcot.prompt import THINK_CLOSE, THINK_OPEN
 from medcot.records import Allowance, AnswerKind, Completion, Example, Finish
 
+VERDICT = ("outcome", "parsed", "lenient_outcome")  # what is put into a line
 ANY_UNIT = "any"
 _APPLIES = {"unit": AnswerKind.NUMBER, "tolerance": AnswerKind.NUMBER, "aliases": AnswerKind.TEXT}
 _EXACT = Context(prec=200)  # limits are gold plus and minus a tolerance; the default 28 digits would round them
@@ -48,7 +49,12 @@ class Thinking(StrEnum):
     FORCED = "forced"  # the prompt opened the thinking, so it is all thinking
 
 
-def grade_file(path: Path | str, *, thinking: Thinking = Thinking.TAGGED) -> Iterator[dict[str, Any]]:
+def grade_file(
+    path: Path | str,
+    *,
+    thinking: Thinking = Thinking.TAGGED,
+    on_bad_line: Callable[[DataError], None] | None = None,
+) -> Iterator[dict[str, Any]]:
     """Yield each line of a JSON Lines file with ``outcome``, ``parsed`` and ``lenient_outcome`` put in.
 
     Other fields stay as they are; blank lines are passed over.
@@ -56,17 +62,30 @@ def grade_file(path: Path | str, *, thinking: Thinking = Thinking.TAGGED) -> Ite
     Args:
         path: the file; packed if its name ends in .gz.
         thinking: how an output without a thinking tag is read.
+        on_bad_line: called with what is wrong with a line that cannot be graded, which is then given back with
+            ``error`` and without an outcome; without it, such a line is raised.
 
     Raises:
-        DataError: the file cannot be read, has no lines, or a line cannot be graded; the message names the line.
+        DataError: the file cannot be read or has no lines, or a line cannot be graded; the message names the line.
     """
     path = Path(path)
     lines, is_empty = Lines(path, "JSON Lines", hashed=False), True
     try:
         for text in lines:
-            for row in parse_lines(text.encode(), path, lines.number):
+            row: dict[str, Any] = {"line": lines.number}  # what a line that is no JSON is given back as
+            try:
+                found = parse_lines(text.encode(), path, lines.number)
+                if not found:
+                    continue
+                is_empty, row = False, found[0]
+                graded = grade_line(row, f"Line {lines.number:,} of '{path}'", thinking=thinking)
+            except DataError as error:
+                if on_bad_line is None:
+                    raise
                 is_empty = False
-                yield grade_line(row, f"Line {lines.number:,} of '{path}'", thinking=thinking)
+                on_bad_line(error)
+                graded = {key: value for key, value in row.items() if key not in VERDICT} | {"error": str(error)}
+            yield graded
     finally:
         lines.close()
     if is_empty:
@@ -103,7 +122,7 @@ def _read_example(row: Mapping[str, Any], where: str) -> Example:
     kinds = [kind.value for kind in AnswerKind]
     kind = _need(row, "kind", where, f"Write one of {', '.join(kinds)}")
     if kind not in kinds:
-        _refuse(where, "kind", kind, f"'kind' is one of {', '.join(kinds)}", "Write one of them")
+        _refuse(where, "kind", kind, f"'kind' is one of {', '.join(kinds)}", did_you_mean(str(kind), kinds))
     gold = _need(row, "gold", where, "Write the right answer there, or take the line out")
     kind = AnswerKind(kind)
     number = isinstance(gold, int | float) and not isinstance(gold, bool) and kind is AnswerKind.NUMBER
@@ -193,4 +212,5 @@ def _need(row: Mapping[str, Any], field: str, where: str, remedy: str) -> Any:
 
 
 def _refuse(where: str, field: str, value: object, rule: str, remedy: str) -> Never:
-    raise DataError(f"{where} has '{field}' {quote(repr(value))}", rule, remedy)
+    shown = quote(value) if isinstance(value, str) else repr(value)
+    raise DataError(f"{where} has '{field}' {shown}", rule, remedy)

@@ -349,12 +349,13 @@ def print_grades(
     stream = sys.stdout if stream is None else stream
     counts: dict[str, Counter[str]] = {}
     for line in graded:
-        tally = counts.setdefault(line["kind"], Counter())
-        tally[line["outcome"]] += 1
-        tally["lenient"] += line["lenient_outcome"] == Outcome.CORRECT
+        if "outcome" in line:  # else it could not be graded, and says why
+            tally = counts.setdefault(line["kind"], Counter())
+            tally[line["outcome"]] += 1
+            tally["lenient"] += line["lenient_outcome"] == Outcome.CORRECT
         stream.write(_dump(line, stream.encoding) + "\n")
     stream.flush()
-    if summary or stream.isatty():
+    if counts and (summary or stream.isatty()):
         _print_tally(counts, Screen(Console(stderr=True) if console is None else console))
 
 

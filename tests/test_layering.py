@@ -24,7 +24,7 @@ ORDER = """
     accounts
     model  rows
     generate
-    train  evaluate  export  hub  tracking_worker
+    train  evaluate  export  hub  serve  tracking_worker
     tracking  report
     machine  folder  asking  planning  proof  diagnosis
     examination  answering
@@ -33,7 +33,10 @@ ORDER = """
     admission
     sharing
     pipeline  doctor  terminal
-    cli_eval
+    exporting  serving
+    publishing
+    compat  ui
+    cli_eval  cli_export  cli_push  cli_serve  cli_ui
     cli
     __main__
 """

@@ -54,19 +54,18 @@ class Plan:
         if self.num_tasks > 1:
             test += f" over {self.num_tasks} tasks by Holm"
         chance = f"with {self.power:.0%} probability ({test})"
-        if self.detectable is None:
-            return f"{told}: no change can be found {chance}; the set is too small."
-        found = _in_points(self.detectable)
-        if self.detectable_if_dice is not None and self.seeds > 1:
-            found = f"{self.detectable_if_dice * 100:.1f} to {found} ({self.seeds} seeds; all flips chance, or none)"
         wanted = [
             f"{needed:,} questions for {_in_points(effect)}"
             for effect, needed in self.needed.items()
             if needed is not None and needed > self.n
         ]
-        return f"{told}: a change of {found} is found {chance}.{' Needed: ' if wanted else ''}{', '.join(wanted)}" + (
-            "." if wanted else ""
-        )
+        needed = f" Needed: {', '.join(wanted)}." if wanted else ""
+        if self.detectable is None:
+            return f"{told}: no change can be found {chance}; the set is too small.{needed}"
+        found = _in_points(self.detectable)
+        if self.detectable_if_dice is not None and self.seeds > 1:
+            found = f"{self.detectable_if_dice * 100:.1f} to {found} ({self.seeds} seeds; all flips chance, or none)"
+        return f"{told}: a change of {found} is found {chance}.{needed}"
 
 
 def compute_plan(

@@ -19,11 +19,11 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from medcot.evaluate.results import ROTATE
+from medcot.evaluate.results import NO_THINKING, ROTATE
 from medcot.evaluate.stats import Verdict, wilson
 from medcot.records import Outcome
 from medcot.report import words
-from medcot.report.eval_words import describe_agreement
+from medcot.report.eval_words import describe_agreement, describe_worth
 from medcot.report.evidence import make_visible
 from medcot.report.plan_screen import print_plan, print_tasks
 from medcot.report.screen import Cell, Column, Part, Screen, Sections
@@ -38,7 +38,7 @@ _VERDICTS: dict[str, Part] = {
     Verdict.NO_CHANGE: ("= no detectable change", "bold yellow"),
 }
 _TONES = {"better": "bold green", "worse": "bold red", "mixed": "bold yellow", "open": "bold yellow"}
-_CONTROLS = {"blank": "question left out", "no-thinking": "no thinking"}
+_CONTROLS = {"blank": "question left out", NO_THINKING: "no thinking"}
 _ROTATED = "options moved by "
 
 Found = Mapping[str, Any]
@@ -259,7 +259,7 @@ def _print_controls(controls: Mapping[str, Mapping[str, Mapping[str, Found]]], s
             table.open(f"{_visible(model)} on {_visible(task)}")
             for control, found in by_control.items():
                 share: Cell = (words.percent(found["accuracy"]), "bold")
-                cells = [_name_control(control), f"{found['n']:,}", share, _range(found["ci95"]), _say_effect(found)]
+                cells = [_name_control(control), f"{found['n']:,}", share, _range(found["ci95"]), _say_effect(control, found)]
                 lost = [_lost(found[key]) for key in ("unparsed", "unfinished")] if screen.has_room(WIDE) else []
                 table.add(*cells, *lost)
     table.print()
@@ -271,10 +271,12 @@ def _name_control(control: str) -> str:
     return _CONTROLS.get(control, _visible(control))
 
 
-def _say_effect(found: Found) -> str:
-    """Return what a control did: the change of the score, or how many answers did not follow their options."""
+def _say_effect(control: str, found: Found) -> str:
+    """Return what a control shows: what thinking is worth, how many answers stayed behind, or the score's change."""
     if "agreement" in found:
         return describe_agreement(found["agreement"])
+    if "change" in found and control == NO_THINKING:
+        return describe_worth(found["change"])
     if "change" in found:
         change = found["change"]
         return f"{words.points(change['delta'])} ({words.change_interval(change['interval'])})"

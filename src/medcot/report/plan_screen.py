@@ -123,10 +123,13 @@ def print_plan(
     if compared:
         screen.skip()
         screen.say(("What can be told from chance", "bold"))
+        told: dict[str, list[str]] = {}  # tasks of one size can show the same
         for task in tasks:
-            told = compute_plan(len(task.items), flip_rate, num_tasks=len(tasks), seeds=seeds).describe()
-            screen.say((make_visible(task.name), "bold cyan"))
-            screen.say((told, ""), indent=2)
+            plan = compute_plan(len(task.items), flip_rate, num_tasks=len(tasks), seeds=seeds).describe()
+            told.setdefault(plan, []).append(make_visible(task.name))
+        for plan, names in told.items():
+            screen.say((words.join(names), "bold cyan"))
+            screen.say((plan if len(names) == 1 else f"Each: {plan}", ""), indent=2)
     screen.skip()
     answers = "1 answer" if num_requests == 1 else f"{num_requests:,} answers"
     screen.say((f"{answers} in all" + (f", {seeds} to each question." if seeds > 1 else "."), "bold"))

@@ -317,9 +317,10 @@ def _say_change(change: Change, *, is_brief: bool) -> str:
     if is_brief:
         return f"{change['task']} ({points(change['delta'])})"
     before, after = (percent((change.get(side) or {}).get("accuracy")) for side in ("before", "after"))
+    adjusted = " after Holm" if change.get("p_adjusted") != change.get("p_value") else ""
     return (
         f"{change['task']} ({before} → {after}, {points(change['delta'])} points, 95{_THIN}% interval"
-        f" {change_interval(change.get('interval'))}, {p_text(change.get('p_adjusted'))})"
+        f" {change_interval(change.get('interval'))}, {p_text(change.get('p_adjusted'))}{adjusted})"
     )
 
 

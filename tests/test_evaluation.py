@@ -121,6 +121,24 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path, monkeypatch: p
     assert backends[0].asked == 5 and facts["scores"]["model"]["builtin:clinic"]["n"] == 9
 
 
+def test_an_evaluation_in_which_every_answer_failed_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(Dying):
+        def answer(self, requests: Any, on_answer: Any) -> None:
+            for request in requests:
+                on_answer(answer_failed(request, "503, out of order"))
+
+    answerer = Answerer("model", {"backend": "made"}, Failing(None), "model", None)
+    monkeypatch.setattr(evaluation, "open_answerers", lambda *_: iter([answerer]))
+    with pytest.raises(NetworkError, match=r"'model' gave none of 9 answers.*503, out of order.*asks again"):
+        look("builtin:clinic:9", Choice("x"), SETTINGS, tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").is_file()
+    mended = replace(answerer, backend=Dying(None))
+    monkeypatch.setattr(evaluation, "open_answerers", lambda *_: iter([mended]))
+    assert look("builtin:clinic:9", Choice("x"), SETTINGS, tmp_path / "out")[0]["models"][0]["num_asked"] == 9
+
+
 def test_rounds_are_the_task_its_controls_and_budgets_from_the_largest() -> None:
     task = make_task(num_items=80)
     settings = Settings(Limits(900, 64), controls=evaluation.CONTROLS, budgets=(128, 512), seeds=(1, 2))

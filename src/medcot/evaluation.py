@@ -25,7 +25,7 @@ from medcot import __version__
 from medcot import folder as folders
 from medcot.answering import Answerer, Choice, open_answerers
 from medcot.asking import FLIP_RATE, grade_task, plan_comparison, store_path
-from medcot.errors import DataError, OutputError, RecipeError
+from medcot.errors import DataError, NetworkError, OutputError, RecipeError
 from medcot.evaluate.backends import Ending, Limits
 from medcot.evaluate.controls import blank_question, rotate_options, without_thinking
 from medcot.evaluate.endpoint import Endpoint
@@ -162,8 +162,8 @@ def evaluate(
         console: where to draw.
 
     Raises:
-        MedcotError: a mistake in suite, settings, model or folder, or nothing can be answered. What was answered is
-            kept, and the same call goes on from there.
+        MedcotError: a mistake in suite, settings, model or folder, or nothing was answered. What was answered is kept,
+            and the same call goes on from there.
     """
     screen = RunConsole(console)
     secret = find_secret(SecretName.HUGGING_FACE)
@@ -187,7 +187,20 @@ def evaluate(
             evaluation.ask(answerer, rounds, screen, keep_answers=keep_answers and answerer.keeps)
     print_results(evaluation.facts, screen.console)
     screen.note(f"report: {evaluation.folder / REPORT}")
+    _check_answered(evaluation.respondents)
     return read_json(evaluation.folder / RESULTS)
+
+
+def _check_answered(respondents: Sequence[Respondent]) -> None:
+    """Raise ``NetworkError`` where somebody gave no answer at all: its noughts are no result."""
+    for respondent in respondents:
+        errors = [line["error"] for line in respondent.lines if line["error"] is not None]
+        if errors and len(errors) == len(respondent.lines):
+            raise NetworkError(
+                f"'{respondent.name}' gave none of {len(errors):,} answers. The last error: {errors[-1]}",
+                "A score needs answers; these count as failed",
+                "Mend the cause: the same command asks again what failed",
+            )
 
 
 def plan_rounds(task: Task, settings: Settings) -> list[Round]:

@@ -109,12 +109,13 @@ def embedded() -> LoadedModel:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     """A Hub on 127.0.0.1 that huggingface_hub talks to for the length of one test, with a cache of its own."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
 
     from loopback_hub import LoopbackHub
 
     with LoopbackHub() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)  # of the functions without a client, made at import
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))

@@ -186,7 +186,7 @@ def test_streamed_weights_are_the_rounded_sums_and_their_folder_is_what_peft_wou
         logits(exact.bfloat16().float()),
     )
 
-    monkeypatch.setattr(export, "find_updates", lambda *_: None)
+    monkeypatch.setattr(export.merged, "find_updates", lambda *_: None)
     usual = export.save_merged(loaded, adapter, tmp_path / "usual")
     for key, value in all_tensors(usual.folder).items():  # PEFT rounds the product, then the sum
         torch.testing.assert_close(got[key], value, rtol=2**-7, atol=2**-8 * float(value.abs().max()))
@@ -275,7 +275,7 @@ def test_a_failed_write_leaves_the_old_adapter(
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_file", fail)
+    monkeypatch.setattr(export.adapter, "save_file", fail)
     with pytest.raises(OutputError, match="No space left on device"):
         export.save_adapter(adapted, loaded.tokenizer, folder)
     assert (folder / "adapter_model.safetensors").read_bytes() == before

@@ -156,6 +156,30 @@ def write_merged(
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
+class MergedReader:
+    """The merged weights a few rows at a time, in float32 and unrounded, for whoever rounds them otherwise."""
+
+    def __init__(self, weights: Weights, updates: Mapping[str, Update]) -> None:
+        self._stored = {tensor.name: tensor for path in list_shards(weights.folder) for tensor in _read_header(path)}
+        self._updates = updates
+        self.shapes = {name: tensor.shape for name, tensor in self._stored.items() if tensor.dtype in FLOATS}
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Return rows ``first`` to ``last`` of a tensor, float32 on the CPU.
+
+        Raises:
+            ModelError: a file that ends early, or a merged weight that is not finite.
+        """
+        source = self._stored[name]
+        last = source.num_rows if last is None else last
+        wide = _read_rows(source, first, last, pinned=False).float()
+        update = self._updates.get(name)
+        if update is not None:
+            wide.addmm_(update.up[first:last].float(), update.down.float(), alpha=update.scale)
+            _check_finite(wide, name)
+        return wide.view(last - first, *source.shape[1:]) if source.shape else wide.view(())
+
+
 def _is_plain_base(weights: Weights) -> bool:
     """Whether the files hold the model's own tensors: neither quantised nor renamed or regrouped while loading."""
     settings = weights.config
@@ -258,30 +282,41 @@ def _run_lanes(
 def _do_piece(piece: _Piece, update: Update | None, dtype: torch.dtype, device: torch.device) -> None:
     """Read, add, round, write."""
     source, target = piece.source, piece.target
-    count = (piece.last - piece.first) * source.row_size
-    skipped = piece.first * source.row_size
-    pinned = device.type == "cuda"
-    raw = torch.empty(count * _BYTES[source.dtype], dtype=torch.uint8, pin_memory=pinned)
-    with source.file.open("rb", buffering=0) as file:
-        file.seek(source.start + skipped * _BYTES[source.dtype])
-        _read_all(file, raw)
+    rows = _read_rows(source, piece.first, piece.last, pinned=device.type == "cuda")
+    raw = rows.view(-1).view(torch.uint8)
     if update is not None or source.dtype != target.dtype:
-        wide = raw.view(FLOATS[source.dtype]).view(piece.last - piece.first, source.row_size)
-        wide = wide.to(device, non_blocking=True).float()
+        wide = rows.to(device, non_blocking=True).float()
         if update is not None:
             wide.addmm_(update.up[piece.first : piece.last], update.down, alpha=update.scale)
         merged = wide.to(dtype)
-        if update is not None and not bool(merged.isfinite().all()):
-            raise ModelError(
-                f"the adapter cannot be merged: '{source.name}' would have weights that are not finite",
-                "Merged weights are finite numbers",
-                "Look at the loss in metrics.jsonl, and train again with a lower learning rate",
-            )
-        back = torch.empty(merged.shape, dtype=dtype, pin_memory=pinned)
+        if update is not None:
+            _check_finite(merged, source.name)
+        back = torch.empty(merged.shape, dtype=dtype, pin_memory=device.type == "cuda")
         raw = back.copy_(merged).view(-1).view(torch.uint8)
     with target.file.open("r+b", buffering=0) as file:
-        file.seek(target.start + skipped * _BYTES[target.dtype])
+        file.seek(target.start + piece.first * source.row_size * _BYTES[target.dtype])
         _write_all(file, raw)
+
+
+def _read_rows(source: _Stored, first: int, last: int, *, pinned: bool) -> torch.Tensor:
+    """Return rows of a tensor as they are stored, (rows, row size); what is no float comes as bytes."""
+    size = _BYTES[source.dtype]
+    raw = torch.empty((last - first) * source.row_size * size, dtype=torch.uint8, pin_memory=pinned)
+    with source.file.open("rb", buffering=0) as file:
+        file.seek(source.start + first * source.row_size * size)
+        _read_all(file, raw)
+    if source.dtype not in FLOATS:
+        return raw.view(last - first, source.row_size * size)
+    return raw.view(FLOATS[source.dtype]).view(last - first, source.row_size)
+
+
+def _check_finite(merged: torch.Tensor, name: str) -> None:
+    if not bool(merged.isfinite().all()):
+        raise ModelError(
+            f"the adapter cannot be merged: '{name}' would have weights that are not finite",
+            "Merged weights are finite numbers",
+            "Look at the loss in metrics.jsonl, and train again with a lower learning rate",
+        )
 
 
 def _read_all(file: Any, raw: torch.Tensor) -> None:

@@ -23,6 +23,7 @@ def test_the_default_run_names_its_base_model_and_licence(folder):
     card = render_card(folder.run)
     assert head(card) == {
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "base_model_relation": "adapter",
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "license": "apache-2.0",
@@ -85,8 +86,8 @@ def test_lineage_and_the_doctors_verdict_are_on_the_card(folder):
     assert f"| rows.jsonl (split train) | main | {'ab' * 32} | cc\\|by | 9 | 1 |" in card
     assert MAIL not in card and "<b>" not in card and "\x1b" not in card and "[x](y)" not in card
     assert "/srv/someone" not in card
-    assert "knows of them what the table of sources quotes" in card
-    assert "\n\n\n" not in card.partition("The adapter expects")[0]
+    assert "of the data it knows what the table of sources quotes" in card
+    assert "\n\n\n" not in card.partition("### The prompt")[0]
 
 
 def test_a_verdict_kept_in_run_json_alone_is_enough(folder):
@@ -116,5 +117,5 @@ def test_a_run_with_nothing_in_it_still_has_a_card(folder):
         path.unlink()
     card = render_card(folder.run)
     assert "No graded evaluation" in card
-    assert "## The data" not in card
+    assert "- Benchmark questions in the data: not looked for\n" in card and "- Energy: not measured" in card
     assert "\n\n\n" not in card

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from loopback_hub import Fault, LoopbackHub
 from medcot import cli_push
-from medcot.errors import DataError, OutputError, RecipeError
+from medcot.errors import DataError, ModelError, OutputError, RecipeError
 from medcot.hub import Kind
 from medcot.publishing import Plan, plan_push, push
 from medcot.records import Run
@@ -158,7 +158,7 @@ def test_ggufs_gather_and_the_card_is_of_all_of_them(made: MadeRun, hub: Loopbac
     assert "| gguf:q8\\_0 | transformers 5.23.0 |" in card and "| gguf:q4\\_k\\_m |" in card
     assert made.read()["hub"]["me/ggufs"]["kind"] == "gguf:q8_0, gguf:q4_k_m"
     assert len(hub.commits["me/ggufs"]) == 3
-    push(made.run, "me/all", ["gguf"])
+    push(made.run, "me/all", ["gguf:q8_0,q4_k_m"])
     assert head(hub.repos["me/all"]["README.md"].decode())["library_name"] == "gguf"
     assert len(hub.commits["me/all"]) == 2
 
@@ -186,15 +186,30 @@ def test_kinds_that_share_no_repository_are_refused(made: MadeRun) -> None:
     for what in (["adapter", "merged-16bit"], ["merged-16bit", "merged-4bit"], ["gguf:q8_0", "adapter"]):
         with pytest.raises(RecipeError, match="a repository each"):
             plan_push(made.run, "me/model", what)
-    with pytest.raises(RecipeError, match="--what mergd") as caught:
+    with pytest.raises(ModelError, match="export kind 'mergd'") as caught:
         plan_push(made.run, "me/model", ["mergd"])
     assert "Did you mean" in caught.value.remedy
-    with pytest.raises(RecipeError, match="names nothing"):
+    with pytest.raises(ModelError, match="no kind"):
         plan_push(made.run, "me/model", [])
 
 
+def test_two_files_of_one_name_share_no_repository(made: MadeRun) -> None:
+    made.export("gguf:q8_0", {"model.gguf": b"8"})
+    made.export("ollama", {"model.gguf": b"8", "Modelfile": b"FROM ./model.gguf"})
+    assert {"model.gguf", "Modelfile"} <= set(names(plan_push(made.run, "me/x", ["gguf:q8_0", "ollama"])))
+    made.export("gguf:q4_k_m", {"model.gguf": b"4"})
+    with pytest.raises(RecipeError, match=r"each have a 'model\.gguf'"):
+        plan_push(made.run, "me/x", ["gguf:q8_0", "gguf:q4_k_m"])
+
+
+@pytest.mark.parametrize("repo", ["model", "me/a/b", "me/", "me/x y", "../x"])
+def test_a_bad_repository_id_is_met_before_anything_else(made: MadeRun, repo: str) -> None:
+    with pytest.raises(OutputError, match="is no repository id"):
+        plan_push(made.run, repo)
+
+
 def test_what_is_not_there_says_how_to_make_it(made: MadeRun) -> None:
-    for kind in ("merged-16bit", "gguf", "gguf:q8_0", "ollama"):
+    for kind in ("merged-16bit", "merged-32bit", "gguf:q8_0", "ollama", "ollama:q4_k_m"):
         with pytest.raises(OutputError, match="medcot export") as caught:
             plan_push(made.run, "me/model", [kind])
         assert f"--to {kind}" in caught.value.remedy

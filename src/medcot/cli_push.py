@@ -23,7 +23,7 @@ def push(
     repo: Annotated[str, typer.Option(help="Repository: owner/name. Created if need be.")],
     folder: Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN")] = LATEST,
     what: Annotated[
-        str, typer.Option(help="adapter, merged-16bit, merged-4bit, gguf, gguf:q8_0,gguf:q4_k_m, ollama.")
+        str, typer.Option(help="As of export --to: adapter, merged-16bit, merged-4bit, gguf:q8_0,q4_k_m, ollama.")
     ] = "adapter",
     public: Annotated[bool, typer.Option("--public", help="For everybody to see; else private.")] = False,
     verify: Annotated[

@@ -12,6 +12,7 @@ A dry run makes the same plan and stops: it needs no token and no network, and s
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from medcot import folder as folders
-from medcot.errors import OutputError, RecipeError, did_you_mean
+from medcot.errors import OutputError, RecipeError
 from medcot.hub import Delivery, Kind, Parcel, Verify, deliver, pack
 from medcot.hub.parcels import CARD, TOKENIZER_FILES, check_no_secrets, is_wanted
 from medcot.records import Run
@@ -28,8 +29,8 @@ from medcot.report.folder import read_folder
 from medcot.report.lineage import public_name
 from medcot.report.terms import EMBEDDED_ID, Terms, find_terms, write_notice
 
-ADAPTER, MERGED, GGUF, OLLAMA = "adapter", "merged-16bit", "gguf", "ollama"
-_KINDS = {ADAPTER: Kind.ADAPTER, MERGED: Kind.MODEL, "merged-4bit": Kind.MODEL, GGUF: Kind.GGUF, OLLAMA: Kind.GGUF}
+ADAPTER = "adapter"
+_KINDS = {"adapter": Kind.ADAPTER, "merged": Kind.MODEL, "gguf": Kind.GGUF, "ollama": Kind.GGUF}  # by first word
 _NAMING = ("base_model_name_or_path", "_name_or_path", "name_or_path")  # keys of configurations that name the base
 
 
@@ -65,21 +66,30 @@ def plan_push(run: Run, repo: str, what: Sequence[str] = (ADAPTER,), *, public: 
     Args:
         run: a finished run.
         repo: ``owner/name``.
-        what: kinds of exports; ``gguf`` stands for all GGUF files there are.
+        what: kinds of exports, as ``medcot export`` calls them.
         public: whether everybody shall see it.
 
     Raises:
-        RecipeError: a kind that there is not, or kinds that share no repository.
+        ModelError: a kind that there is not.
+        RecipeError: kinds that share no repository.
         OutputError: the run has no such export, a file changed since it was proven, or a licence forbids it so.
     """
+    _check_repo(repo)
     facts = read_folder(run).facts
     exports: Mapping[str, Any] = facts.get("exports") or {}
-    kinds = _read_kinds(what, exports)
-    kind = _KINDS[kinds[0].partition(":")[0]]
+    kinds = _read_kinds(what)
+    kind = _kind_of(kinds[0])
     notes: list[str] = []
     parcels: dict[str, Parcel] = {}
     for name in kinds:
-        parcels |= {parcel.name: parcel for parcel in _pack_export(run, name, exports.get(name), kind, notes)}
+        for parcel in _pack_export(run, name, exports.get(name), kind, notes):
+            if parcels.get(parcel.name, parcel).sha256 != parcel.sha256:
+                raise RecipeError(
+                    f"{' and '.join(kinds)} each have a '{parcel.name}'",
+                    "A repository has one file of a name",
+                    "Push them to a repository each",
+                )
+            parcels[parcel.name] = parcel
     parcels |= {parcel.name: parcel for parcel in _pack_tokenizer(run) if parcel.name not in parcels}
     parcels = {name: _without_paths(parcel, facts) for name, parcel in parcels.items()}
     parcels |= {parcel.name: parcel for parcel in _pack_papers(run, facts, repo, public, notes)}
@@ -170,21 +180,30 @@ def note_delivery(facts: dict[str, Any], plan: Plan, found: Delivery) -> None:
     }
 
 
-def _read_kinds(what: Sequence[str], exports: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the kinds asked for, ``gguf`` spread out; all of one repository."""
-    found: list[str] = []
-    for name in what:
-        base, _, detail = name.partition(":")
-        if base not in _KINDS or (detail and base != GGUF):
-            raise RecipeError(
-                f"--what {name}", f"It is one of {', '.join(_KINDS)}, or like gguf:q8_0", did_you_mean(base, _KINDS)
-            )
-        all_ggufs = sorted(kind for kind in exports if kind.startswith(f"{GGUF}:"))
-        found += all_ggufs or [name] if name == GGUF else [name]
-    kinds = tuple(dict.fromkeys(found))
-    if not kinds:
-        raise RecipeError("--what names nothing", f"It is one of {', '.join(_KINDS)}", "Leave it out for the adapter")
-    groups = {kind if _KINDS[kind.partition(":")[0]] is not Kind.GGUF else GGUF for kind in kinds}
+def _check_repo(repo: str) -> None:
+    """Refuse what is no repository id before anything is read; the Hub's client has the rule."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+        said = "" if repo.count("/") == 1 else "there is no owner in it"
+    except HFValidationError as error:
+        said = str(error).splitlines()[0]
+    if said:
+        raise OutputError(f"'{repo}' is no repository id: {said}", "It is owner/name", "Correct it")
+
+
+def _kind_of(name: str) -> Kind:
+    return _KINDS[re.split("[-:]", name)[0]]
+
+
+def _read_kinds(what: Sequence[str]) -> tuple[str, ...]:
+    """Return the kinds asked for, in the words of ``medcot export``; all of one repository."""
+    from medcot.export.kinds import parse_kinds
+
+    kinds = tuple(parse_kinds(",".join(what)))
+    groups = {"gguf" if _kind_of(kind) is Kind.GGUF else kind for kind in kinds}
     if len(groups) > 1:
         raise RecipeError(
             f"--what {','.join(what)}",
@@ -197,7 +216,7 @@ def _read_kinds(what: Sequence[str], exports: Mapping[str, Any]) -> tuple[str, .
 def _pack_export(run: Run, name: str, export: Mapping[str, Any] | None, kind: Kind, notes: list[str]) -> list[Parcel]:
     """Return the files of an export, which must be as they were proven; of an older run, of its adapter or merged."""
     if export is None:
-        folder = {ADAPTER: run.adapter, MERGED: run.merged}.get(name)
+        folder = {ADAPTER: run.adapter, "merged-16bit": run.merged}.get(name)
         if folder is None or not folder.is_dir():
             raise OutputError(
                 f"'{run.folder}' holds no {name}",

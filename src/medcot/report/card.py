@@ -52,9 +52,9 @@ _NOT_FOR = (
 # library_name, base_model_relation, tags. "merge" is the Hub's word for several models made one, which this is not.
 _FAMILIES = {
     "adapter": ("peft", "adapter", ["lora"], "A LoRA adapter for"),
-    "merged-16bit": ("transformers", "finetune", ["merged"], "Merged 16-bit weights, tuned with LoRA from"),
-    "merged-4bit": ("transformers", "quantized", ["bitsandbytes", "4-bit"], "Merged 4-bit (NF4) weights, tuned from"),
-    "gguf": ("gguf", "quantized", ["gguf", "llama-cpp", "ollama"], "GGUF files for llama.cpp and Ollama, tuned from"),
+    "merged-16bit": ("transformers", "finetune", ["merged"], "Merged weights of"),
+    "merged-4bit": ("transformers", "quantized", ["bitsandbytes", "4-bit"], "Merged 4-bit (NF4) weights of"),
+    "gguf": ("gguf", "quantized", ["gguf", "llama-cpp", "ollama"], "GGUF files (llama.cpp, Ollama) of"),
 }
 
 
@@ -85,7 +85,7 @@ def render_card(
         **_describe(folder, artefact, run.folder.name),
         **_measure(folder),
         uses=list_uses(artefact),
-        endpoint_words=say_endpoint(str((folder.recipe.get("prompt") or {}).get("style") or ""), artefact.kinds),
+        endpoint_words=say_endpoint(str((folder.recipe.get("prompt") or {}).get("style") or ""), artefact),
         prompt=prompt,
         prompt_here=_PROMPT_HERE,
         fence="`" * max(3, 1 + max(map(len, re.findall(r"`+", prompt)), default=0)),

@@ -9,7 +9,6 @@ which load every artefact with transformers, PEFT and llama.cpp's library.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +49,10 @@ class Artefact:
 
     @property
     def family(self) -> str:
-        """One of adapter, merged-16bit, merged-4bit, gguf."""
-        return "gguf" if self.kinds[0].startswith(("gguf", "ollama")) else self.kinds[0]
+        """One of adapter, merged-16bit (32 bit too), merged-4bit, gguf."""
+        if self.kinds[0].startswith(("gguf", "ollama")):
+            return "gguf"
+        return "merged-16bit" if self.kinds[0] == "merged-32bit" else self.kinds[0]
 
 
 def list_uses(artefact: Artefact) -> list[Use]:
@@ -144,7 +145,9 @@ def _use_gguf(artefact: Artefact) -> list[Use]:
         Use("transformers", "python", load, "Unpacked to 16 bit."),
         Use("vLLM", "bash", f"{fetch}\nvllm serve ./{file} --tokenizer {quoted}", "GGUF is experimental in vLLM."),
         Use(
-            "SGLang", "bash", f"{fetch}\npython -m sglang.launch_server --model-path ./{file} --tokenizer-path {quoted}"
+            "SGLang",
+            "bash",
+            f"{fetch}\npython -m sglang.launch_server --model-path ./{file} \\\n    --tokenizer-path {quoted}",
         ),
     ]
 
@@ -193,12 +196,13 @@ def _load_adapter(artefact: Artefact) -> str:
     )
 
 
-def say_endpoint(style: str, kinds: Sequence[str]) -> str:
+def say_endpoint(style: str, artefact: Artefact) -> str:
     """Return how the prompt of a style reaches a server."""
     if style == "chat":
         return "The model was trained in its chat template, so a server's chat endpoint puts a question as in training."
-    served = " An Ollama Modelfile of `medcot export` carries it as its template." if "ollama" in kinds else ""
+    if artefact.family == "gguf":
+        return "The files carry the run's prompt as their chat template: a chat endpoint puts a question as in training."
     return (
-        "The model was trained in a prompt that is no chat template: send it to a server's completions endpoint"
-        f" (`/v1/completions`), as it stands below.{served}"
+        "The model was trained in a prompt that is no chat template of its base: send it to a server's completions"
+        " endpoint (`/v1/completions`), as it stands below."
     )

@@ -201,7 +201,7 @@ def say_endpoint(style: str, artefact: Artefact) -> str:
     if style == "chat":
         return "The model was trained in its chat template, so a server's chat endpoint puts a question as in training."
     if artefact.family == "gguf":
-        return "The files carry the run's prompt as their chat template: a chat endpoint puts a question as in training."
+        return "The files carry the run's prompt as their chat template: chat endpoints put a question as in training."
     return (
         "The model was trained in a prompt that is no chat template of its base: send it to a server's completions"
         " endpoint (`/v1/completions`), as it stands below."

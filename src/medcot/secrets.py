@@ -70,14 +70,32 @@ VAULT = {  # names under which notebook vaults hold them; the tutorial's are HUG
     SecretName.WANDB: ("WANDB_API_KEY", "wandb"),
 }
 
+_given: dict[SecretName, Secret] = {}  # what a caller put into our hands, as ``token=`` of a function
 _found: set[str] = set()  # values handed out by this process, so that redact knows them without asking a vault again
 
 
 def find_secret(name: SecretName) -> Secret | None:
     """Return the first secret of that name among environment, notebook vault and library log-in, or ``None``."""
     assert name is not SecretName.ENDPOINT, "a server's key is for a host: find_endpoint_key"
+    if name in _given:
+        return _given[name]
     login = _hugging_face_login if name is SecretName.HUGGING_FACE else _wandb_login
     return _remember(_look_for(ENVIRONMENT[name], VAULT[name]) or login())
+
+
+def take_secret(name: SecretName, value: str | None, where: str) -> None:
+    """Keep a secret that a caller handed over, for this process alone; it is found before any other.
+
+    Args:
+        name: what it is.
+        value: ``None`` forgets the one that was handed over before.
+        where: how it came, in words that may be shown.
+    """
+    if value is None:
+        _given.pop(name, None)
+    else:
+        _given[name] = Secret(value, where)
+        _remember(_given[name])
 
 
 def find_endpoint_key(host: str, label: str | None = None) -> Secret | None:

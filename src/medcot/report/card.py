@@ -230,7 +230,6 @@ def _trained(folder: Folder) -> list[tuple[str, str]]:
         ("Rows", _unless_missing(data.get("rows"), words.count)),
         ("Tokens", _unless_missing(data.get("tokens"), words.count)),
         ("Tokens that carry loss", _unless_missing(data.get("trained_tokens"), words.count)),
-        ("Rows quarantined", _unless_missing(data.get("quarantined"), words.count)),
         ("LoRA", f"rank {lora['r']}, alpha {lora['alpha']}" if {"r", "alpha"} <= lora.keys() else None),
         ("Optimizer steps", _unless_missing(train.get("steps"), words.count)),
         ("Batch size", settings.get("batch_size")),

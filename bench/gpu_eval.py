@@ -114,7 +114,7 @@ def time_case(figure: str, device: torch.device, work: Callable[[bool], int], **
     return line | settings
 
 
-def measure(folder: Path, sizes: Sizes, *, peer: bool, device: str) -> list[dict[str, Any]]:
+def measure(folder: Path, sizes: Sizes, *, uneven: bool, peer: bool, device: str) -> list[dict[str, Any]]:
     """All cases, on one loaded model."""
     loaded = model.load(str(folder), precision="bf16", max_seq_length=sizes.longest, device=device)
     tuned = model.attach_lora(loaded, r=RANK, alpha=ALPHA)
@@ -131,7 +131,7 @@ def measure(folder: Path, sizes: Sizes, *, peer: bool, device: str) -> list[dict
 
             figure = "eval-bf16-lora" if lora else "eval-bf16"
             lines.append(time_case(figure, where, answer, system="medcot", rows=sizes.rows, slots=sizes.rows))
-    for refill in (True, False):
+    for refill in (True, False) if uneven else ():
 
         def write(brief: bool, refill: bool = refill) -> int:
             most = sizes.warm_up_tokens if brief else sizes.longest
@@ -176,8 +176,9 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
     parts = [f"eval: {found['eval-bf16', 'medcot']:,.0f} tok/s, with LoRA {found['eval-bf16-lora', 'medcot']:,.0f}"]
     if ("eval-bf16-lora", "transformers") in found:
         parts.append(f"transformers {found['eval-bf16-lora', 'transformers']:,.0f}")
-    refilled, batches = (found["uneven-bf16-lora", f"medcot, {way}"] for way in ("slots refilled", "batch after batch"))
-    parts.append(f"uneven: {refilled:,.0f} refilled against {batches:,.0f} batch after batch")
+    ways = [found.get(("uneven-bf16-lora", f"medcot, {way}")) for way in ("slots refilled", "batch after batch")]
+    if all(ways):
+        parts.append(f"uneven: {ways[0]:,.0f} refilled against {ways[1]:,.0f} batch after batch")
     return "; ".join(parts)
 
 
@@ -186,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="model folder, 16-bit")
     parser.add_argument("--peer", action="store_true", help="transformers' generate beside it")
+    parser.add_argument("--even", action="store_true", help="without the uneven case, which takes two minutes")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU and a tiny model")
     parser.add_argument("--json", type=Path, help="file that the lines are added to")
     parser.add_argument("--save", action="store_true", help="add the table to RESULTS.md")
@@ -193,7 +195,8 @@ def main() -> None:
     if options.tiny and options.save:
         parser.error("--save keeps figures, and those of --tiny mean nothing")
     device = "cpu" if options.tiny else "cuda"
-    lines = measure(options.folder, TINY if options.tiny else Sizes(), peer=options.peer, device=device)
+    sizes = TINY if options.tiny else Sizes()
+    lines = measure(options.folder, sizes, uneven=not options.even, peer=options.peer, device=device)
     free_memory(torch.device(device))
     for line in lines:
         write_line(line, options.json)

@@ -41,6 +41,14 @@ THIN = [
     Tiles(columns=512, stages=3, resident=1, warps=8),
     Tiles(columns=512, stages=2, resident=1, warps=8),
 ]
+ROUNDED = [
+    Tiles(rows=32, columns=128, resident=3),
+    Tiles(rows=32, columns=256, resident=2),
+    Tiles(rows=32, columns=256, stages=4, resident=2),
+    Tiles(rows=16, columns=256, resident=2),
+    Tiles(columns=256, resident=2, warps=8),
+    Tiles(columns=512, resident=1, warps=8),
+]
 SWIGLU = [
     Tiles(columns=64, stages=2, resident=3),
     Tiles(columns=64, stages=3, resident=3),
@@ -151,6 +159,32 @@ def thin_rows(group: str, num_rows: int, rank: int) -> list[list[str]]:
     return rows
 
 
+def rounded_rows(group: str, num_rows: int, rank: int) -> list[list[str]]:
+    """As ``thin_rows``, the outputs' gradient rounded to 8 bit on the way; before: rounded by a kernel of its own."""
+    from medcot.engine import launch
+
+    widths = GROUPS[group]
+    dys, u = copies(num_rows, sum(widths)), torch.randn(num_rows, rank * len(widths), device=CUDA, dtype=KIND)
+    B, num_bytes = make_pairs(widths, 64, rank).stacked_Nr, dys[0].numel() * dys[0].element_size() * 3 // 2
+    assert B is not None
+    columns, scale = torch.rand(sum(widths), device=CUDA) + 0.1, torch.rand(num_rows, 1, device=CUDA) + 1
+
+    def apart(index: int) -> None:
+        launch.quantise_rows(dys[index % len(dys)], columns)
+        thin.thin_gradients(dys[index % len(dys)], u, B, widths)
+
+    def ours(tiles: Tiles | None, index: int) -> None:
+        thin.thin_gradients_rounded(dys[index % len(dys)], u, B, widths, columns, scale, tiles)
+
+    before = measure(apart)
+    rows = [[f"{group}, rounded", "apart", *Figure(before, num_bytes).cells, ""]]
+    for tiles in (None, *ROUNDED):
+        blocks = sum(-(-width // tiles.columns) for width in widths) if tiles else 0
+        label = name(tiles, num_rows, blocks) if tiles else "as chosen"
+        rows.append(compared(f"{group}, rounded", label, attempt(partial(ours, tiles)), num_bytes, before))
+    return rows
+
+
 def compared(group: str, label: str, micro: float | None, num_bytes: int, before: float) -> list[str]:
     """A row of a table: a time, its rate and what it saves."""
     if micro is None:
@@ -235,7 +269,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=6352)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--only", choices=("thin", "swiglu", "gradient"), default=None)
+    parser.add_argument("--only", choices=("thin", "rounded", "swiglu", "gradient"), default=None)
     args = parser.parse_args()
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, {args.tokens} tokens, rank {args.rank}, {KIND}")
@@ -243,7 +277,9 @@ def main() -> None:
     if args.only in (None, "thin"):
         rows = [row for group in GROUPS for row in thin_rows(group, args.tokens, args.rank)]
         print(format_table(header, rows), flush=True)
-    if args.only == "thin":
+    if args.only in (None, "rounded"):
+        print(format_table(header, rounded_rows("gate, up", args.tokens, args.rank)), flush=True)
+    if args.only in ("thin", "rounded"):
         return
     mlp = Mlp.build(args.tokens, args.rank)
     for kind, rows_of in (("swiglu", swiglu_rows), ("gradient", swiglu_grad_rows)):

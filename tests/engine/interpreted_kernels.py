@@ -142,36 +142,20 @@ def test_rows_are_rounded_as_the_twin_rounds_them(launch: Any, num_rows: int, sc
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("has_y", [False, True])
+@pytest.mark.parametrize("has_sum", [False, True])
 @pytest.mark.parametrize("num_rows", ROWS)
-def test_norms_round_as_they_write(launch: Any, num_rows: int, has_y: bool, dtype: torch.dtype) -> None:
+def test_norms_gradients_are_rounded_as_they_are_written(
+    launch: Any, num_rows: int, has_sum: bool, dtype: torch.dtype
+) -> None:
     """The codes are those that rounding what was written would give, and what was written is what it was."""
-    x, y = make_uneven(num_rows, HIDDEN, dtype), randn(num_rows, HIDDEN, seed=1).to(dtype) if has_y else None
+    x, dn = (make_uneven(num_rows, HIDDEN, dtype) for _ in range(2))
     weight = (1 + 0.3 * randn(HIDDEN, seed=2)).to(dtype)
-    term = make_term(num_rows, (HIDDEN,), 4) if has_y and dtype == torch.float32 else None
-    *got, rounded = launch.add_norm_rounded(x, y, term, weight, 1e-6)
-    assert_close(got, launch.add_norm(x, y, term, weight, 1e-6))
-    assert_same_codes(rounded, launch.quantise_rows(got[1]))
-    dn, d_sum = make_uneven(num_rows, HIDDEN, dtype), y
+    r = launch.add_norm(x, None, None, weight, 1e-6)[2]
     factors = 0.01 + randn(HIDDEN, seed=3).abs()
-    arguments = (dn, None, got[0], weight, got[2], d_sum)
+    arguments = (dn, None, x, weight, r, randn(num_rows, HIDDEN, seed=1).to(dtype) if has_sum else None)
     dx, rounded = launch.norm_grad_rounded(*arguments, factors)
     assert_close([dx], [launch.norm_grad(*arguments)])
     assert_same_codes(rounded, launch.quantise_rows(dx, factors))
-
-
-@pytest.mark.parametrize(("num_queries", "num_kv", "channels"), [(3, 1, 24), (8, 2, 64)])
-@pytest.mark.parametrize("num_rows", ROWS)
-def test_the_rotation_back_leaves_the_scales(
-    launch: Any, num_rows: int, num_queries: int, num_kv: int, channels: int
-) -> None:
-    heads = randn(num_rows, num_queries + 2 * num_kv, channels) * WIDE ** randn(num_rows, 1, 1, seed=1).clamp(-1, 1)
-    parts = [part.contiguous() for part in heads.split([num_queries, num_kv, num_kv], 1)]
-    factors = 0.01 + randn(heads[0].numel(), seed=2).abs()
-    cos, sin = angles(num_rows, channels)
-    got, scale = launch.rotate_back_scaled(*parts, cos, sin, factors)
-    assert torch.equal(got, launch.rotate_back(*parts, cos, sin))
-    assert torch.equal(scale, pointwise.quantise_rows(got.flatten(1), factors).scale_T1)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from medcot.engine.devices import has_triton
 from medcot.engine.terms import Rounded
 
 FP8_STEP = 16  # cuBLAS multiplies in 8 bit where both sizes of a weight are multiples of this
+SCALE_ADDRESS = 16  # and where the rows' scales begin at a multiple of this many bytes
 
 
 class Matrix(Protocol):
@@ -183,13 +184,15 @@ class Fp8:
     """What a model over an FP8 base computes in 8 bit; bench/gpu_curves.py shows each choice's loss curve.
 
     Attributes:
-        backward: the gradients' products with the layers' weights; otherwise in 16 bit, with the weights as rounded.
+        forward: the layers' products; otherwise in 16 bit, with the weights as rounded.
+        backward: the gradients' products with the layers' weights; otherwise as ``forward``.
         head_forward: the logits.
         head_backward: the gradient of the hidden states that the logits were made of.
         fast_accum: sums stay in the tensor cores' own registers, with about 14 bits, over the whole length; otherwise
             they are added up in float32 on the way, which takes longer.
     """
 
+    forward: bool = True
     backward: bool = True
     head_forward: bool = True
     head_backward: bool = True
@@ -233,11 +236,9 @@ class Fp8Weight:
 
     def multiply(self, x_TD: Tensor, bias_N: Tensor | None) -> Tensor:
         """``x Wᵀ + b`` in 8 bit, sums in float32."""
-        return self.multiply_rounded(quantise(x_TD), bias_N)
-
-    def multiply_rounded(self, x_TD: Rounded, bias_N: Tensor | None) -> Tensor:
-        """``multiply`` of an input that is already rounded."""
-        return self._product(x_TD, self.rows_ND, self.scale_N[None], bias_N)
+        if not self.choice.forward:
+            return nn.functional.linear(x_TD, self.dense(), bias_N)
+        return self._product(quantise(x_TD), self.rows_ND, self.scale_N[None], bias_N)
 
     def multiply_back(self, dy_TN: Tensor) -> Tensor:
         """``dy W`` in 8 bit, the outputs' scales folded into dy."""
@@ -254,12 +255,17 @@ class Fp8Weight:
         return torch._scaled_mm(
             rounded.codes_TN,
             rows_ND.T,
-            scale_a=rounded.scale_T1,
+            scale_a=_on_a_boundary(rounded.scale_T1),
             scale_b=scale_1N,
             bias=bias_N,
             out_dtype=self.dtype,
             use_fast_accum=self.choice.fast_accum,
         )
+
+
+def _on_a_boundary(scale_T1: Tensor) -> Tensor:
+    """The scales where cuBLAS reads them, from an address that is a multiple of 16: a tile's may begin between two."""
+    return scale_T1.clone() if scale_T1.data_ptr() % SCALE_ADDRESS else scale_T1
 
 
 class Fp8Head:

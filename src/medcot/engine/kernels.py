@@ -53,9 +53,8 @@ def row_scale(largest):
 
 @triton.jit(do_not_specialize=_PER_BATCH)
 def add_norm_kernel(
-    x, y, u, b, weight, out_sum, out_norm, out_r, codes, codes_scale, T, rank, eps,
-    D: tl.constexpr, HAS_Y: tl.constexpr, HAS_LOW: tl.constexpr, ROUNDS: tl.constexpr, RP: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr,
+    x, y, u, b, weight, out_sum, out_norm, out_r, T, rank, eps,
+    D: tl.constexpr, HAS_Y: tl.constexpr, HAS_LOW: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     row_mask = rows < T
@@ -78,7 +77,6 @@ def add_norm_kernel(
         squares += tl.sum(value * value, 1)
     r = 1.0 / tl.sqrt(squares / D + eps)
     tl.store(out_r + rows, r, mask=row_mask)
-    largest = tl.zeros((BT,), tl.float32)
     tl.debug_barrier()
     for start in range(0, D, BD):
         columns = start + tl.arange(0, BD)
@@ -91,20 +89,6 @@ def add_norm_kernel(
         scale = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
         normed = (value * r[:, None] * scale[None, :]).to(out_norm.dtype.element_ty)
         tl.store(out_norm + place, normed, mask=mask)
-        if ROUNDS:
-            largest = tl.maximum(largest, tl.max(tl.abs(normed.to(tl.float32)), 1))
-    if ROUNDS:
-        # Sixteen rows are too many for registers; they have just been written, and are read from the cache.
-        to_codes = row_scale(largest)
-        tl.store(codes_scale + rows, to_codes, mask=row_mask)
-        inverse = 1.0 / to_codes
-        tl.debug_barrier()
-        for start in range(0, D, BD):
-            columns = start + tl.arange(0, BD)
-            mask = row_mask[:, None] & (columns < D)[None, :]
-            place = rows[:, None] * D + columns[None, :]
-            value = tl.load(out_norm + place, mask=mask, other=0.0).to(tl.float32)
-            tl.store(codes + place, (value * inverse[:, None]).to(codes.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_PER_BATCH)
@@ -168,8 +152,8 @@ def rotate_kernel(
 
 @triton.jit(do_not_specialize=_PER_BATCH)
 def rotate_back_kernel(
-    dq, dk, dv, cos, sin, columns_scale, out, largest_parts, T, num_heads, num_queries, num_kv, angle_stride,
-    HALF: tl.constexpr, HP: tl.constexpr, MEASURES: tl.constexpr, BT: tl.constexpr,
+    dq, dk, dv, cos, sin, out, T, num_heads, num_queries, num_kv, angle_stride,
+    HALF: tl.constexpr, HP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     head = tl.program_id(1)
@@ -191,17 +175,8 @@ def rotate_back_kernel(
         second = second * c - first * s
         first = turned
     place = out + rows[:, None] * (num_heads * 2 * HALF) + head * 2 * HALF + channel[None, :]
-    first, second = first.to(out.dtype.element_ty), second.to(out.dtype.element_ty)
-    tl.store(place, first, mask=mask)
-    tl.store(place + HALF, second, mask=mask)
-    if MEASURES:  # each head leaves its rows' largest sizes, for whoever rounds them; see thin_kernels.py
-        factor = columns_scale + head * 2 * HALF + channel
-        first_factor = tl.load(factor, mask=channel < HALF, other=0.0)
-        second_factor = tl.load(factor + HALF, mask=channel < HALF, other=0.0)
-        first_sizes = tl.abs(first.to(tl.float32) * first_factor[None, :])
-        second_sizes = tl.abs(second.to(tl.float32) * second_factor[None, :])
-        largest = tl.max(tl.maximum(first_sizes, second_sizes), 1)
-        tl.store(largest_parts + head.to(tl.int64) * T + rows, largest, mask=rows < T)
+    tl.store(place, first.to(out.dtype.element_ty), mask=mask)
+    tl.store(place + HALF, second.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_PER_BATCH)

@@ -18,14 +18,11 @@ from medcot.engine import kernels
 from medcot.engine.terms import Rounded, Term
 from medcot.engine.thin import (
     padded,
-    scale_rows,
     swiglu,
     swiglu_grad,
     swiglu_grad_scaled,
-    swiglu_scaled,
     thin_gradients,
     thin_gradients_rounded,
-    thin_product_rounded,
 )
 
 # The row tile is Triton's least for a matrix product: the norms want many programs rather than large ones.
@@ -37,9 +34,9 @@ ENTROPY_COLUMNS = 8192
 
 KEEPS_TERMS = True
 __all__ = [
-    "KEEPS_TERMS", "add_norm", "add_norm_rounded", "cross_entropy_", "norm_grad", "norm_grad_rounded", "quantise_rows",
-    "rotate_", "rotate_back", "rotate_back_scaled", "swiglu", "swiglu_grad", "swiglu_grad_scaled", "swiglu_scaled",
-    "thin_gradients", "thin_gradients_rounded", "thin_product_rounded", "unpack_nf4",
+    "KEEPS_TERMS", "add_norm", "cross_entropy_", "norm_grad", "norm_grad_rounded", "quantise_rows", "rotate_",
+    "rotate_back", "swiglu", "swiglu_grad", "swiglu_grad_scaled", "thin_gradients", "thin_gradients_rounded",
+    "unpack_nf4",
 ]  # fmt: skip
 
 
@@ -47,20 +44,6 @@ def add_norm(
     x_TD: Tensor, y_TD: Tensor | None, term: Term | None, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``pointwise.add_norm``."""
-    return _add_norm(x_TD, y_TD, term, weight_D, eps, None)
-
-
-def add_norm_rounded(
-    x_TD: Tensor, y_TD: Tensor | None, term: Term | None, weight_D: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Rounded]:
-    """As ``pointwise.add_norm_rounded``, in one kernel."""
-    rounded = _empty_rounded(x_TD)
-    return *_add_norm(x_TD, y_TD, term, weight_D, eps, rounded), rounded
-
-
-def _add_norm(
-    x_TD: Tensor, y_TD: Tensor | None, term: Term | None, weight_D: Tensor, eps: float, rounded: Rounded | None
-) -> tuple[Tensor, Tensor, Tensor]:
     x_TD = x_TD.contiguous()
     num_rows, width = x_TD.shape
     sum_TD = x_TD if y_TD is None else torch.empty_like(x_TD)
@@ -68,8 +51,8 @@ def _add_norm(
     if num_rows:
         kernels.add_norm_kernel[(triton.cdiv(num_rows, NORM_ROWS),)](
             x_TD, x_TD if y_TD is None else y_TD, *_factor(term, x_TD), weight_D, sum_TD, normed_TD, r_T,
-            *(rounded or (normed_TD, r_T)), num_rows, term.rank if term else 0, eps,
-            D=width, HAS_Y=y_TD is not None, HAS_LOW=term is not None, ROUNDS=rounded is not None, RP=_padded(term),
+            num_rows, term.rank if term else 0, eps,
+            D=width, HAS_Y=y_TD is not None, HAS_LOW=term is not None, RP=_padded(term),
             BT=NORM_ROWS, BD=min(NORM_COLUMNS, triton.next_power_of_2(width)), num_warps=4, num_stages=2,
         )  # fmt: skip
     return sum_TD, normed_TD, r_T
@@ -126,34 +109,15 @@ def rotate_(heads_TNC: Tensor, term: Term | None, cos_TC: Tensor, sin_TC: Tensor
 
 def rotate_back(dq_THC: Tensor, dk_TGC: Tensor, dv_TGC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
     """As ``pointwise.rotate_back``."""
-    return _rotate_back(dq_THC, dk_TGC, dv_TGC, cos_TC, sin_TC, None, None)
-
-
-def rotate_back_scaled(
-    dq_THC: Tensor, dk_TGC: Tensor, dv_TGC: Tensor, cos_TC: Tensor, sin_TC: Tensor, columns_scale_N: Tensor
-) -> tuple[Tensor, Tensor]:
-    """As ``pointwise.rotate_back_scaled``."""
-    num_heads = dq_THC.shape[1] + 2 * dk_TGC.shape[1]
-    largest_NT = torch.empty(num_heads, len(dq_THC), dtype=torch.float32, device=dq_THC.device)
-    d_TNC = _rotate_back(dq_THC, dk_TGC, dv_TGC, cos_TC, sin_TC, columns_scale_N, largest_NT)
-    return d_TNC, scale_rows(largest_NT)
-
-
-def _rotate_back(
-    dq_THC: Tensor, dk_TGC: Tensor, dv_TGC: Tensor, cos_TC: Tensor, sin_TC: Tensor,
-    columns_scale_N: Tensor | None, largest_NT: Tensor | None,
-) -> Tensor:  # fmt: skip
     num_rows, num_queries, channels = dq_THC.shape
     num_kv = dk_TGC.shape[1]
     num_heads = num_queries + 2 * num_kv
     out_TNC = torch.empty(num_rows, num_heads, channels, dtype=dq_THC.dtype, device=dq_THC.device)
     half = channels // 2
     kernels.rotate_back_kernel[(triton.cdiv(num_rows, ROTARY_ROWS), num_heads)](
-        dq_THC.contiguous(), dk_TGC.contiguous(), dv_TGC.contiguous(), cos_TC, sin_TC,
-        cos_TC if columns_scale_N is None else columns_scale_N, out_TNC, cos_TC if largest_NT is None else largest_NT,
+        dq_THC.contiguous(), dk_TGC.contiguous(), dv_TGC.contiguous(), cos_TC, sin_TC, out_TNC,
         num_rows, num_heads, num_queries, num_kv, cos_TC.stride(0),
-        HALF=half, HP=max(16, triton.next_power_of_2(half)), MEASURES=largest_NT is not None,
-        BT=ROTARY_ROWS, num_warps=4,
+        HALF=half, HP=max(16, triton.next_power_of_2(half)), BT=ROTARY_ROWS, num_warps=4,
     )  # fmt: skip
     return out_TNC
 

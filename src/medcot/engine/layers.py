@@ -33,7 +33,7 @@ from medcot.engine.frozen import FrozenWeight, Matrix, compute_dtype
 from medcot.engine.lora import Pairs, Projection, base_of, plain_reason
 from medcot.engine.memory import Keep
 from medcot.engine.rounding import Gradient
-from medcot.engine.terms import Rounded, Term
+from medcot.engine.terms import Term
 
 
 @dataclass(frozen=True)
@@ -163,13 +163,13 @@ class FastLayer:
         Returns:
             The residual stream, this layer's output, its low-rank part, and what the backward pass needs.
         """
-        trace, normed_TD, rounded = self._run_attention(x_TD, y_TD, term, pairs, step)
+        trace, normed_TD = self._run_attention(x_TD, y_TD, term, pairs, step)
         middle_TD = _there(trace.middle_TD)
         if step.keep.recomputes:
-            y_TD, term = self._run_mlp(normed_TD, rounded, pairs, step)
+            y_TD, term = self._run_mlp(normed_TD, pairs, step)
             return middle_TD, y_TD, term, Trace(trace.x_TD)
-        trace.mlp, product = self._widen(normed_TD, rounded, pairs, step, self.gate_up.weight.open)
-        y_TD, trace.mlp.u_down_TR, term = self._narrow(product, pairs, step, self.down.weight.open)
+        trace.mlp, product_TF = self._widen(normed_TD, pairs, step, self.gate_up.weight.open)
+        y_TD, trace.mlp.u_down_TR, term = self._narrow(product_TF, pairs, self.down.weight.open)
         if step.keep is Keep.LEAN:
             _there(trace.attention).normed_TD = trace.mlp.normed_TD = None
         return middle_TD, y_TD, term, trace
@@ -187,11 +187,11 @@ class FastLayer:
             below: the layer that takes the gradient next.
             wants_dx: false for the first layer, whose input is not trained.
         """
-        normed_TD = rounded = None
+        normed_TD = None
         if step.keep.recomputes:
-            trace, normed_TD, rounded = self._run_attention(trace.x_TD, None, None, pairs, step)
-        d_middle, mlp_gradients = self._mlp_backward(trace, normed_TD, rounded, d_out, pairs, step)
-        del d_out, rounded
+            trace, normed_TD = self._run_attention(trace.x_TD, None, None, pairs, step)
+        d_middle, mlp_gradients = self._mlp_backward(trace, normed_TD, d_out, pairs, step)
+        del d_out
         reader = below.down.weight if below is not None else None
         dx, attention_gradients = self._attention_backward(trace, d_middle, pairs, step, reader, wants_dx=wants_dx)
         return dx, attention_gradients + mlp_gradients
@@ -200,22 +200,20 @@ class FastLayer:
 
     def _run_attention(
         self, x_TD: Tensor, y_TD: Tensor | None, term: Term | None, pairs: LayerPairs, step: Step
-    ) -> tuple[Trace, Tensor, Rounded | None]:
-        """The layer's first half, up to the second norm: its trace, that norm's output, and the output rounded."""
+    ) -> tuple[Trace, Tensor]:
+        """The layer's first half, up to the second norm: its trace, and that norm's output."""
         first, second = self.layer.input_layernorm, self.layer.post_attention_layernorm
-        x_TD, normed_TD, r_T, rounded = rounding.norm_for(self.qkv.weight, first, x_TD, y_TD, term, step.ops)
+        x_TD, normed_TD, r_T = step.ops.add_norm(x_TD, y_TD, term, first.weight, first.variance_epsilon)
         trace = Trace(x_TD, r_T)
-        trace.attention, o_TD, o_term = self._attend(normed_TD, rounded, pairs, step)
-        trace.middle_TD, normed_TD, trace.r_middle_T, rounded = rounding.norm_for(
-            self.gate_up.weight, second, x_TD, o_TD, o_term, step.ops
+        trace.attention, o_TD, o_term = self._attend(normed_TD, pairs, step)
+        trace.middle_TD, normed_TD, trace.r_middle_T = step.ops.add_norm(
+            x_TD, o_TD, o_term, second.weight, second.variance_epsilon
         )
-        return trace, normed_TD, rounded
+        return trace, normed_TD
 
-    def _attend(
-        self, normed_TD: Tensor, rounded: Rounded | None, pairs: LayerPairs, step: Step
-    ) -> tuple[AttentionTrace, Tensor, Term | None]:
+    def _attend(self, normed_TD: Tensor, pairs: LayerPairs, step: Step) -> tuple[AttentionTrace, Tensor, Term | None]:
         """Project, rotate, attend and project back: the trace, the output and its low-rank part."""
-        raw_TN, u_TR, term = self.qkv.project(normed_TD, pairs.qkv, rounding.prepare(self.qkv.weight.open(), rounded))
+        raw_TN, u_TR, term = self.qkv.project(normed_TD, pairs.qkv, self.qkv.weight.open())
         heads_TNC = raw_TN.unflatten(-1, (self.num_heads, self.channels))
         r_heads = None
         if self.family.norms_heads:
@@ -237,7 +235,7 @@ class FastLayer:
         kept, ops = _there(trace.attention), step.ops
         trace.attention = None
         d_middle_TD = d_middle.d_TD
-        d_attended_TN = rounding.prepare(self.out.weight.open(), d_middle.rounded).multiply_back(d_middle_TD)
+        d_attended_TN = rounding.multiply_back(self.out.weight.open(), *d_middle)
         del d_middle
         term, out_gradients, _ = rounding.adapter_gradients(
             pairs.out, d_middle_TD, kept.attended_TN, kept.u_out_TR, ops
@@ -248,9 +246,7 @@ class FastLayer:
         d_heads = kept.state.gradients(d_attended_TN.unflatten(-1, (-1, self.channels)))
         del d_attended_TN
         kept.state = None  # type: ignore[assignment]
-        last = wants_dx and not self.family.norms_heads  # else the rotation does not make what the product reads
-        thin = rounding.thin_back_reader(self.qkv.weight, pairs.qkv) if last else None
-        d_heads_TNC, scale_T1 = rounding.rotate_back_for(thin, d_heads, step.cos_TC, step.sin_TC, ops)
+        d_heads_TNC = ops.rotate_back(*d_heads, step.cos_TC, step.sin_TC)
         del d_heads
         if self.family.norms_heads:
             d_heads_TNC = self._norm_heads_back(d_heads_TNC, kept, step)
@@ -258,12 +254,10 @@ class FastLayer:
         norm = self.layer.input_layernorm
         if kept.normed_TD is None:
             kept.normed_TD = ops.add_norm(trace.x_TD, None, None, norm.weight, norm.variance_epsilon)[1]
-        term, qkv_gradients, rounded = rounding.adapter_gradients(
-            pairs.qkv, d_raw_TN, kept.normed_TD, kept.u_TR, ops, thin, scale_T1
-        )
+        term, qkv_gradients, _ = rounding.adapter_gradients(pairs.qkv, d_raw_TN, kept.normed_TD, kept.u_TR, ops)
         if not wants_dx:
             return None, [qkv_gradients, out_gradients]
-        d_normed_TD = rounding.prepare(self.qkv.weight.open(), rounded).multiply_back(d_raw_TN)
+        d_normed_TD = self.qkv.weight.open().multiply_back(d_raw_TN)
         r_T = _there(trace.r_T)
         dx = rounding.norm_grad_for(reader, d_normed_TD, term, trace.x_TD, norm.weight, r_T, d_middle_TD, ops)
         return dx, [qkv_gradients, out_gradients]
@@ -302,51 +296,42 @@ class FastLayer:
         matrices = wide.open(), narrow.open()
         return lambda: matrices[0], lambda: matrices[1]
 
-    def _widen(
-        self, normed_TD: Tensor, rounded: Rounded | None, pairs: LayerPairs, step: Step, wide: Opened
-    ) -> tuple[MlpTrace, tuple[Tensor, Tensor | None]]:
-        """Gate and up, and their product with its rows' scales; nobody keeps it: its one later use is in down's dA."""
-        gate_up_TN, u_TR, term = self.gate_up.project(normed_TD, pairs.gate_up, rounding.prepare(wide(), rounded))
-        reader = rounding.thin_reader(self.down.weight, pairs.down)
-        return MlpTrace(normed_TD, gate_up_TN, u_TR), rounding.swiglu_for(reader, gate_up_TN, term, step.ops)
+    def _widen(self, normed_TD: Tensor, pairs: LayerPairs, step: Step, wide: Opened) -> tuple[MlpTrace, Tensor]:
+        """Gate and up, and their product (T, F); nobody keeps that: its one later use is in down's dA."""
+        gate_up_TN, u_TR, term = self.gate_up.project(normed_TD, pairs.gate_up, wide())
+        return MlpTrace(normed_TD, gate_up_TN, u_TR), step.ops.swiglu(gate_up_TN, term)
 
     def _narrow(
-        self, product: tuple[Tensor, Tensor | None], pairs: LayerPairs, step: Step, narrow: Opened
+        self, product_TF: Tensor, pairs: LayerPairs, narrow: Opened
     ) -> tuple[Tensor, Tensor | None, Term | None]:
         """Down: the output, u, and the low-rank part that the output lacks."""
-        return rounding.project_for(self.down, *product, pairs.down, narrow(), step.ops)
+        return self.down.project(product_TF, pairs.down, narrow())
 
-    def _widen_again(
-        self, normed_TD: Tensor, rounded: Rounded | None, pairs: LayerPairs, step: Step, wide: Opened
-    ) -> MlpTrace:
+    def _widen_again(self, normed_TD: Tensor, pairs: LayerPairs, step: Step, wide: Opened) -> MlpTrace:
         """The trace of a forward that kept none."""
-        mlp, (product_TF, _) = self._widen(normed_TD, rounded, pairs, step, wide)
+        mlp, product_TF = self._widen(normed_TD, pairs, step, wide)
         if pairs.down:
             mlp.u_down_TR = product_TF @ pairs.down.A_RD.T
         return mlp
 
-    def _run_mlp(
-        self, normed_TD: Tensor, rounded: Rounded | None, pairs: LayerPairs, step: Step
-    ) -> tuple[Tensor, Term | None]:
+    def _run_mlp(self, normed_TD: Tensor, pairs: LayerPairs, step: Step) -> tuple[Tensor, Term | None]:
         """The MLP's output, nothing kept, by tiles where the step says so."""
         wide, narrow = self._open_mlp(step)
         tiles = _tiles(len(normed_TD), step)
         if len(tiles) == 1:
-            y_TD, _, term = self._narrow(self._widen(normed_TD, rounded, pairs, step, wide)[1], pairs, step, narrow)
+            y_TD, _, term = self._narrow(self._widen(normed_TD, pairs, step, wide)[1], pairs, narrow)
             return y_TD, term
         y_TD = torch.empty_like(normed_TD)
         for rows in tiles:
-            _, product = self._widen(normed_TD[rows], rounding.rows_of(rounded, rows), pairs, step, wide)
-            part_TD, _, term = self._narrow(product, pairs, step, narrow)
+            part_TD, _, term = self._narrow(self._widen(normed_TD[rows], pairs, step, wide)[1], pairs, narrow)
             if term is not None:
                 term.add_to(part_TD)
             y_TD[rows] = part_TD
         return y_TD, None
 
     def _mlp_backward(
-        self, trace: Trace, normed_TD: Tensor | None, rounded: Rounded | None, d_out: Gradient, pairs: LayerPairs,
-        step: Step,
-    ) -> tuple[Gradient, list[Gradients]]:  # fmt: skip
+        self, trace: Trace, normed_TD: Tensor | None, d_out: Gradient, pairs: LayerPairs, step: Step
+    ) -> tuple[Gradient, list[Gradients]]:
         """Gradient of the residual stream between the two halves; by tiles, each computed again, where asked to."""
         wide, narrow = self._open_mlp(step)
         middle_TD, r_T = _there(trace.middle_TD), _there(trace.r_middle_T)
@@ -355,10 +340,9 @@ class FastLayer:
         if trace.mlp is not None or len(tiles) == 1:
             mlp, trace.mlp = trace.mlp, None
             if mlp is None:
-                mlp = self._widen_again(_there(normed_TD), rounded, pairs, step, wide)
-            del rounded
+                mlp = self._widen_again(_there(normed_TD), pairs, step, wide)
             return self._mlp_part_backward(mlp, middle_TD, r_T, d_out, pairs, step, wide, narrow)
-        del normed_TD, rounded  # each tile makes its own
+        del normed_TD  # each tile makes its own
         total: list[Gradients] = []  # in float32: a sum of dozens of 16-bit parts would lose their last bits
         for rows in tiles:
             d_part, gradients = self._mlp_part_backward(
@@ -379,11 +363,11 @@ class FastLayer:
     ) -> tuple[Gradient, list[Gradients]]:  # fmt: skip
         norm, d_out_TD, ops = self.layer.post_attention_layernorm, d_out.d_TD, step.ops
         if mlp is None:
-            _, normed_TD, _, rounded = rounding.norm_for(self.gate_up.weight, norm, middle_TD, None, None, ops)
-            mlp = self._widen_again(normed_TD, rounded, pairs, step, wide)
+            normed_TD = ops.add_norm(middle_TD, None, None, norm.weight, norm.variance_epsilon)[1]
+            mlp = self._widen_again(normed_TD, pairs, step, wide)
         elif mlp.normed_TD is None:
             mlp.normed_TD = ops.add_norm(middle_TD, None, None, norm.weight, norm.variance_epsilon)[1]
-        dh_TF = rounding.prepare(narrow(), d_out.rounded).multiply_back(d_out_TD)
+        dh_TF = rounding.multiply_back(narrow(), *d_out)
         del d_out
         down_term: Term | None = None
         dBs: list[Tensor] = []
@@ -400,7 +384,7 @@ class FastLayer:
         term, gate_up_gradients, rounded = rounding.adapter_gradients(
             pairs.gate_up, d_gate_up_TN, kept_TD, u_TR, ops, thin, scale_T1
         )
-        d_normed_TD = rounding.prepare(wide(), rounded).multiply_back(d_gate_up_TN)
+        d_normed_TD = rounding.multiply_back(wide(), d_gate_up_TN, rounded)
         del d_gate_up_TN, rounded
         d_middle = rounding.norm_grad_for(
             self.out.weight, d_normed_TD, term, middle_TD, norm.weight, r_T, d_out_TD, ops
@@ -409,9 +393,12 @@ class FastLayer:
 
 
 def _tiles(num_tokens: int, step: Step) -> list[slice]:
-    """The MLP's tiles, as even as they come: a thin last one would be a slow one."""
+    """The MLP's tiles, as even as they come: a thin last one would be a slow one.
+
+    They begin at multiples of 16 tokens: cuBLAS takes no 8-bit operand whose rows' scales begin elsewhere.
+    """
     count = -(-num_tokens // (step.tile_tokens or num_tokens))
-    even = -(-num_tokens // count)
+    even = -(-num_tokens // (count * 16)) * 16
     return [slice(start, start + even) for start in range(0, num_tokens, even)]
 
 

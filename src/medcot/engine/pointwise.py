@@ -46,14 +46,6 @@ def add_norm(
     return x_TD, (x_TD * r_T1).to(x_TD.dtype).mul_(weight_D), r_T1[..., 0]
 
 
-def add_norm_rounded(
-    x_TD: Tensor, y_TD: Tensor | None, term: Term | None, weight_D: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Rounded]:
-    """As ``add_norm``, and the normed rounded to 8 bit as ``quantise_rows`` does it."""
-    sum_TD, normed_TD, r_T = add_norm(x_TD, y_TD, term, weight_D, eps)
-    return sum_TD, normed_TD, r_T, quantise_rows(normed_TD)
-
-
 def norm_grad(
     dn_TD: Tensor, term: Term | None, x_TD: Tensor, weight_D: Tensor, r_T: Tensor, d_sum_TD: Tensor | None
 ) -> Tensor:
@@ -125,14 +117,6 @@ def rotate_back(dq_THC: Tensor, dk_TGC: Tensor, dv_TGC: Tensor, cos_TC: Tensor, 
     return d_heads_TNC
 
 
-def rotate_back_scaled(
-    dq_THC: Tensor, dk_TGC: Tensor, dv_TGC: Tensor, cos_TC: Tensor, sin_TC: Tensor, columns_scale_N: Tensor
-) -> tuple[Tensor, Tensor]:
-    """As ``rotate_back``, and the scales (T, 1) with which ``quantise_rows`` would round it."""
-    d_heads_TNC = rotate_back(dq_THC, dk_TGC, dv_TGC, cos_TC, sin_TC)
-    return d_heads_TNC, _row_scale(d_heads_TNC.flatten(1), columns_scale_N)
-
-
 def _turn(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> None:
     half = x_THC.shape[-1] // 2
     cos, sin = cos_TC[:, None, :half], sin_TC[:, None, :half]  # both halves of the angles are equal
@@ -202,23 +186,12 @@ def thin_gradients(dy_TN: Tensor, u_TR: Tensor, B_Nr: Tensor, widths: Sequence[i
     return du_TR, dB_Nr
 
 
-def swiglu_scaled(gate_up_TN: Tensor, term: Term | None) -> tuple[Tensor, Tensor]:
-    """As ``swiglu``, and the scales (T, 1) with which ``quantise_rows`` would round it."""
-    h_TF = swiglu(gate_up_TN, term)
-    return h_TF, _row_scale(h_TF, None)
-
-
 def swiglu_grad_scaled(
     dh_TF: Tensor, down_term: Term | None, gate_up_TN: Tensor, term: Term | None, columns_scale_N: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """As ``swiglu_grad``, and the scales (T, 1) with which ``quantise_rows`` would round the first."""
     d_TN, dA = swiglu_grad(dh_TF, down_term, gate_up_TN, term)
     return d_TN, dA, _row_scale(d_TN, columns_scale_N)
-
-
-def thin_product_rounded(x_TN: Tensor, A_rN: Tensor, scale_T1: Tensor) -> tuple[Tensor, Rounded]:
-    """``x Aᵀ``, and x rounded to 8 bit with the given scales."""
-    return x_TN @ A_rN.T, _round(x_TN, None, scale_T1)
 
 
 def thin_gradients_rounded(

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -92,27 +91,6 @@ def thin_gradients_rounded(
     return *_thin_gradients(dy_TN, u_TR, B_Nr, widths, columns_scale_N, rounded, tiles), rounded
 
 
-def thin_product_rounded(
-    x_TN: Tensor, A_rN: Tensor, scale_T1: Tensor, tiles: Tiles | None = None
-) -> tuple[Tensor, Rounded]:
-    """As ``pointwise.thin_product_rounded``, from one pass over ``x_TN``."""
-    (num_rows, width), rank = x_TN.shape, len(A_rN)
-    assert x_TN.is_contiguous() and A_rN.is_contiguous(), "the kernel knows no strides"
-    rounded = Rounded(torch.empty(x_TN.shape, dtype=torch.float8_e4m3fn, device=x_TN.device), scale_T1)
-    if not num_rows:
-        return x_TN.new_empty(0, rank), rounded
-    tiles = tiles or _thin_tiles(x_TN.dtype, rank)
-    num_blocks = triton.cdiv(width, tiles.columns)
-    rows_of_range, ranges = tiles.cut(num_rows, num_blocks)
-    u_parts = _floats(x_TN, num_blocks, num_rows, rank)
-    thin_kernels.thin_product_kernel[(num_blocks, ranges)](
-        x_TN, A_rN, scale_T1, u_parts, rounded.codes_TN, num_rows, rows_of_range, width, rank,
-        RP=padded(rank), BT=tiles.rows, BN=tiles.columns, STAGES=tiles.stages,
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
-    return sum_parts(u_parts, None, [num_blocks], x_TN.dtype)[0], rounded
-
-
 def scale_rows(parts_PT: Tensor) -> Tensor:
     """Each row's scale, (T, 1), from the largest sizes of its parts."""
     num_parts, num_rows = parts_PT.shape
@@ -135,7 +113,7 @@ def _thin_gradients(
     assert dy_TN.dtype == u_TR.dtype == B_Nr.dtype, "the matrix instructions take one dtype"
     if not num_rows:
         return torch.empty_like(u_TR), torch.zeros_like(B_Nr)
-    tiles = tiles or _thin_tiles(dy_TN.dtype, rank)
+    tiles = tiles or _thin_tiles(dy_TN.dtype, rank, rounds=rounded is not None)
     blocks = [triton.cdiv(part, tiles.columns) for part in widths]
     rows_of_range, ranges = tiles.cut(num_rows, sum(blocks))
     du_parts = _floats(dy_TN, sum(blocks), num_rows, rank)
@@ -152,35 +130,20 @@ def _thin_gradients(
 
 def swiglu(gate_up_TN: Tensor, term: Term | None = None, tiles: Tiles | None = None) -> Tensor:
     """As ``pointwise.swiglu``, but ``gate_up_TN``, which must be contiguous, stays as it was."""
-    return _swiglu(gate_up_TN, term, tiles, None)[0]
-
-
-def swiglu_scaled(gate_up_TN: Tensor, term: Term | None, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
-    """As ``pointwise.swiglu_scaled``."""
-    tiles = tiles or _swiglu_tiles(gate_up_TN.dtype, resident=3)
-    blocks = triton.cdiv(gate_up_TN.shape[1] // 2, tiles.columns)
-    h_TF, parts_PT = _swiglu(gate_up_TN, term, tiles, _floats(gate_up_TN, blocks, len(gate_up_TN)))
-    return h_TF, scale_rows(parts_PT)
-
-
-def _swiglu(
-    gate_up_TN: Tensor, term: Term | None, tiles: Tiles | None, largest_PT: Tensor | None
-) -> tuple[Tensor, Any]:
     num_rows, width = gate_up_TN.shape[0], gate_up_TN.shape[1] // 2
     assert gate_up_TN.is_contiguous(), "the kernel knows no strides"
     h_TF = torch.empty(num_rows, width, dtype=gate_up_TN.dtype, device=gate_up_TN.device)
     if not num_rows:
-        return h_TF, largest_PT
+        return h_TF
     tiles = tiles or _swiglu_tiles(gate_up_TN.dtype, resident=3)
     num_blocks = triton.cdiv(width, tiles.columns)
     rows_of_range, ranges = tiles.cut(num_rows, num_blocks)
     thin_kernels.swiglu_kernel[(num_blocks, ranges)](
-        gate_up_TN, *_factor(term, gate_up_TN), h_TF, h_TF if largest_PT is None else largest_PT,
-        num_rows, rows_of_range, width, term.rank if term else 0,
-        HAS_LOW=term is not None, MEASURES=largest_PT is not None, RP=padded(term.rank if term else 0),
+        gate_up_TN, *_factor(term, gate_up_TN), h_TF, num_rows, rows_of_range, width, term.rank if term else 0,
+        HAS_LOW=term is not None, RP=padded(term.rank if term else 0),
         BT=tiles.rows, BN=tiles.columns, STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    return h_TF, largest_PT
+    return h_TF
 
 
 def swiglu_grad(
@@ -260,13 +223,16 @@ def padded(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def _thin_tiles(dtype: torch.dtype, rank: int) -> Tiles:
+def _thin_tiles(dtype: torch.dtype, rank: int, *, rounds: bool) -> Tiles:
     """Tiles of ``thin_gradients``: wide blocks, because they halve the partial sums of du.
 
-    At rank 16, q, k and v take 31 µs; blocks of 128 columns 36, the library's products 64 (H200, bench/gpu_thin.py).
+    At rank 16, q, k and v take 31 µs; blocks of 128 columns 36, the library's products 64. Rounding gate's and up's
+    gradient on the way takes 176 µs; with the tiles that are best without it, 223 (H200, bench/gpu_thin.py).
     """
     if dtype == torch.float32:
         return Tiles(rows=32, columns=64, stages=2)
+    if rounds:
+        return Tiles(rows=32, resident=2)
     return Tiles(columns=512 if padded(rank) == 16 else 256, warps=8)
 
 

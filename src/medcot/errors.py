@@ -4,7 +4,7 @@ A message always has three parts: the *value* that was met, the *rule* it broke 
 the three separately, so that a message with a part missing cannot be written. Each class also inherits from the
 standard exception a Python programmer would have caught (``ValueError``, ``OSError``, ...), so that library users need
 not know this module. The command line prints the message without a traceback and exits with the error's ``exit_code``:
-2, or 1 for data that can be read and must not be trained on.
+2, or 1 for what can be read and must not be used: data that is unfit, an artefact that is not the tuned model.
 """
 
 from __future__ import annotations
@@ -49,6 +49,12 @@ class UnfitDataError(DataError):
 
 class ModelError(MedcotError, ValueError):
     """A model, tokenizer or LoRA setting that cannot be used."""
+
+
+class UnequalError(ModelError):
+    """An exported artefact that is not the tuned model it should be."""
+
+    exit_code = 1
 
 
 class UnsafeWeightsError(ModelError):

@@ -44,6 +44,10 @@ class Turns:
     opening: str
     eos: str
 
+    def put(self, question: str) -> str:
+        """Return a prompt as text, without a BOS that tokenizers add."""
+        return ("" if self.added else self.bos) + self.head + question + self.tail + self.opening
+
 
 def build_turns(style: Style, tokenizer: PreTrainedTokenizerBase) -> Turns:
     """Cut a style's frame into parts; errors as for ``prompt.render_prompt``."""

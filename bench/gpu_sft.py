@@ -64,7 +64,7 @@ CASES = {
     "tutorial-2x4": Case("tutorial-2x4", "nf4", (8,), split=2, checkpointing="offload"),
     "best-bf16": Case("best-bf16", "bf16", (8, 20)),
     "fp8-8": Case("fp8", "fp8", (8,)),
-    "best-fp8": Case("fp8", "fp8", (20, 32)),
+    "best-fp8": Case("fp8", "fp8", (32, 40)),
     # What the choices of gpu_curves.py cost; no row of the table.
     "fp8-head-forward16": Case("fp8-head-forward16", "fp8", (8, 32), fp8=Fp8(head_forward=False)),
     "fp8-head16": Case("fp8-head16", "fp8", (8,), fp8=Fp8(head_forward=False, head_backward=False)),

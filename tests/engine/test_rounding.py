@@ -16,6 +16,7 @@ from medcot.engine import accelerate, engine_of, hold_in_fp8, pointwise
 from medcot.engine.frozen import Fp8, Fp8Head, Fp8Weight, choose_fp8
 from medcot.engine.memory import FASTEST, SMALLEST, Keep, Memory
 from medcot.engine.rounding import multiply_back
+from medcot.engine.terms import Rounded
 from tiny_models import attach, build_base, flatten, gradients, make_rows, relative
 from twins import randn, typical
 
@@ -83,6 +84,23 @@ def test_backward_products_in_sixteen_bits() -> None:
     assert torch.equal(weight.multiply_back(dy), dy @ weight.dense())
     with pytest.raises(AssertionError, match="rounds nothing"):
         weight.multiply_back_rounded(pointwise.quantise_rows(dy, weight.scale_N))
+
+
+def test_forward_products_in_sixteen_bits() -> None:
+    x, bias = randn(21, 48, seed=2), randn(64, seed=4)
+    weight = Fp8Weight([randn(64, 48)], torch.float32)
+    weight.choice = Fp8(forward=False)
+    assert torch.equal(weight.multiply(x, bias), torch.nn.functional.linear(x, weight.dense(), bias))
+
+
+def test_scales_that_begin_anywhere() -> None:
+    dy = randn(40, 64, seed=3)
+    weight = Fp8Weight([randn(64, 48)], torch.float32)
+    codes, scale = pointwise.quantise_rows(dy, weight.scale_N)
+    wanted = weight.multiply_back(dy)
+    for start in range(5):  # 4 bytes a scale: cuBLAS would refuse all but the first and the last of these
+        part = Rounded(codes[start:].contiguous(), scale[start:])
+        assert torch.equal(weight.multiply_back_rounded(part), wanted[start:])
 
 
 @pytest.mark.parametrize("forward", [True, False])

@@ -31,10 +31,9 @@ ORDER = """
     treatment  evaluation
     job  preview  startup
     admission
-    sharing
+    sharing  publishing
     pipeline  doctor  terminal
     exporting  serving
-    publishing
     compat  ui
     cli_eval  cli_export  cli_push  cli_serve  cli_ui
     cli

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medcot import __version__, cli_eval
+from medcot import __version__, cli_eval, cli_export, cli_push
 from medcot.errors import OutputError
 from medcot.terminal import LATEST, open_console, reporting
 
@@ -202,6 +202,9 @@ app.command()(cli_eval.tasks)
 app.command(name="eval")(cli_eval.evaluate)
 app.command()(cli_eval.compare)
 app.command()(cli_eval.grade)
+app.command()(cli_export.export)
+app.command()(cli_export.verify)
+app.command()(cli_push.push)
 
 
 @app.command()

@@ -451,14 +451,17 @@ def _report(job: Job) -> None:
 
 
 def _push(job: Job) -> None:
-    from medcot.hub import push_folder
-    from medcot.secrets import SecretName, find_secret
+    from medcot import publishing
 
     push = job.recipe.push
-    for folder, repository in ((job.run.adapter, push.adapter), (job.run.merged, push.merged)):
+    for kind, repository in (("adapter", push.adapter), ("merged-16bit", push.merged)):
         if repository is None:
             continue
-        with job.stage(f"push {folder.name}") as line:
-            secret = find_secret(SecretName.HUGGING_FACE)
-            line.detail = push_folder(folder, repository, private=push.private, token=secret.value if secret else None)
-            job.record(pushed={**job.facts.get("pushed", {}), folder.name: line.detail})
+        with job.stage(f"push {kind}") as line:
+            plan = publishing.plan_push(job.run, repository, [kind], public=not push.private)
+            for note in plan.notes:
+                job.console.warn(note)
+            delivery = publishing.send(plan, tell=job.console.warn)
+            publishing.note_delivery(job.facts, plan, delivery)
+            job.record()
+            line.detail = delivery.url

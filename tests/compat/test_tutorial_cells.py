@@ -112,8 +112,8 @@ def test_the_tutorial_runs_to_its_end(
     for once in ("fp16=True is ignored", "dataset_num_proc is not needed", "load_in_4bit", "the W&B run that is open"):
         assert said.count(once) == 1, once
     assert TOKEN not in said
-    assert names["run"].summary["train/loss"] == pytest.approx(names["trainer"].state.log_history[-2]["loss"])
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb")), "W&B kept the run on disk"
+    kept = b"".join(path.read_bytes() for path in tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert b"train/loss" in kept and b"train/train_samples_per_second" not in kept and kept.count(b"train/epoch") >= 3
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from medcot.compat.notes import ArgumentError, pass_over, refuse, say_once
 from medcot.compat.saving import is_tuned
 from medcot.compat.session import Session, open_session, session_of
 from medcot.errors import ModelError
-from medcot.model import load_adapter, read_adapter_config
+from medcot.model import SEVEN_PROJECTIONS, load_adapter, read_adapter_config
 from medcot.precision import DTYPES, choose_device
 from medcot.recipe import Recipe, load_recipe
 from medcot.secrets import SecretName, take_secret
@@ -184,8 +184,8 @@ class FastLanguageModel:
             "init": _initialisation(init_lora_weights, loftq_config),
             "seed": random_state,
         }
-        if target_modules != "all-linear":
-            stage["targets"] = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+        named = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+        stage["targets"] = list(SEVEN_PROJECTIONS) if named == ["all-linear"] else named
         if is_tuned(model):
             return _keep_adapter(model, stage)
         session.settle("lora", ATTACH, **stage)

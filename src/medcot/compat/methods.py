@@ -75,7 +75,7 @@ class TokenizerMethods(Extended):
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> str:
         """Push the tokenizer, privately unless told otherwise."""
-        return pushing.push_tokenizer(super().push_to_hub, repo_id, *args, **kwargs)  # type: ignore[misc]
+        return pushing.push_tokenizer(self, repo_id, *args, **kwargs)
 
 
 def extend(thing: Any, methods: Any) -> None:

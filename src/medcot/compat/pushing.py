@@ -5,6 +5,8 @@ That function keeps adapters and merged weights in repositories of their own. Th
 the adapter is first moved to ``adapter/`` there, in one commit, as ``saving`` does in a folder. Between that commit and
 the merged weights' own, the repository holds an adapter where only those find it who ask for it.
 
+Adapters and tokenizers that are put beside other files go in a commit of their own, which ``deliver`` knows nothing of.
+
 transformers' ``push_to_hub`` creates public repositories. A model tuned on clinical text should not be public by
 default: here only ``private=False`` makes it so, and a repository that is public already is refused.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 from medcot.compat import saving
 from medcot.compat.notes import pass_over, say_once
 from medcot.errors import OutputError
-from medcot.hub import Kind, Parcel, deliver, pack_folder
+from medcot.export import ADAPTER_FILES
+from medcot.hub import Kind, Parcel, deliver, pack, pack_folder
+from medcot.hub.parcels import check_no_secrets
 from medcot.quiet import quiet_libraries
 from medcot.secrets import SecretName, find_secret
 
@@ -67,7 +71,7 @@ def push_adapter(
         if saving.MODEL not in remote.names:
             return remote.deliver(parcels, kind)
         say_once(f"the adapter goes to adapter/ in {remote.repo_id}: beside merged weights it would be applied twice")
-        remote.commit(_nested(parcels))
+        remote.commit(_nested(parcels), "Upload adapter")
         return remote.url
 
 
@@ -102,7 +106,7 @@ def push_merged(
         merged = saving.write_merged(model, tokenizer, method, Path(scratch))
         if saving.ADAPTER in remote.names:
             _, parcels, _ = pack_folder(Path(scratch) / saving.NESTED)
-            remote.commit(_nested(parcels), removed=[saving.ADAPTER, "adapter_model.safetensors"])
+            remote.commit(_nested(parcels), "Move the adapter", removed=ADAPTER_FILES)
             say_once(f"the adapter in {remote.repo_id} moved to adapter/: beside merged weights it would apply twice")
         kind, parcels, _ = pack_folder(merged)
         return remote.deliver(parcels, kind)
@@ -126,18 +130,23 @@ def push_gguf(
 
 
 def push_tokenizer(
-    push: Callable[..., Any], repo_id: str, *args: Any, private: bool | None = None, token: Any = None, **others: Any
+    tokenizer: Any, repo_id: str, private: bool | None = None, token: str | None = None, **others: Any
 ) -> str:
-    """Push a tokenizer by its own method, to a private repository unless told otherwise."""
-    with _opened(repo_id, private, token) as remote, quiet_libraries():
-        return str(push(remote.repo_id, *args, private=remote.private, token=remote.api.token, **others))
+    """Push a tokenizer beside what is in the repository, and return its address; arguments as for the others."""
+    pass_over(others, IDLE_PUSHING, "tokenizer.push_to_hub", KNOWN)
+    with _opened(repo_id, private, token) as remote, tempfile.TemporaryDirectory() as scratch:
+        with quiet_libraries():
+            tokenizer.save_pretrained(scratch)
+        remote.commit([pack(path.name, path) for path in sorted(Path(scratch).iterdir())], "Upload tokenizer")
+        return remote.url
 
 
 class _Remote:
     """A repository that is to be written to.
 
     Attributes:
-        names: its files; none where it does not exist yet.
+        names: its files.
+        exists: whether it is there yet.
     """
 
     def __init__(self, api: HfApi, repo_id: str, private: bool) -> None:
@@ -145,10 +154,12 @@ class _Remote:
 
         self.api, self.repo_id, self.private = api, repo_id, private
         self.names: set[str] = set()
+        self.exists = False
         try:
             info = api.repo_info(repo_id)
         except RepositoryNotFoundError:
             return
+        self.exists = True
         self.names = set(api.list_repo_files(repo_id))
         if private and not info.private:
             raise OutputError(
@@ -166,16 +177,19 @@ class _Remote:
         assert isinstance(token, str)
         return deliver(parcels, kind, self.repo_id, private=self.private, token=token, endpoint=self.api.endpoint).url
 
-    def commit(self, parcels: Sequence[Parcel], removed: Sequence[str] = ()) -> None:
+    def commit(self, parcels: Sequence[Parcel], message: str, removed: Sequence[str] = ()) -> None:
         """Add files and remove others at once."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+        check_no_secrets(parcels)
         added = [CommitOperationAdd(parcel.name, parcel.source) for parcel in parcels]
         with quiet_libraries():
+            if not self.exists:
+                self.api.create_repo(self.repo_id, private=self.private, exist_ok=True)
             self.api.create_commit(
                 self.repo_id,
                 operations=[*added, *(CommitOperationDelete(name) for name in removed if name in self.names)],
-                commit_message="Move the adapter to adapter/ with medcot",
+                commit_message=f"{message} with medcot",
             )
 
 

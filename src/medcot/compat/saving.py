@@ -19,12 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from medcot import export
-from medcot.compat.notes import ArgumentError, pass_over, refuse, say_once
+from medcot.compat.notes import ArgumentError, pass_over, say_once
 from medcot.compat.session import Session, session_of
 from medcot.errors import OutputError, did_you_mean
-from medcot.export.merged import Base, merge
+from medcot.export import llama_cpp
+from medcot.export.gguf import MADE_BY_LLAMA_CPP, check_quant, estimate_gguf_bytes, write_gguf
+from medcot.export.merged import Base, merge, open_merged
 from medcot.export.nf4 import save_nf4
 from medcot.export.places import scratch_beside
+from medcot.export.turns import build_jinja, build_turns
+from medcot.prompt import Style
 
 ADAPTER, MODEL = "adapter_config.json", "config.json"
 NESTED = "adapter"  # where an adapter goes beside merged weights
@@ -201,9 +205,64 @@ def _card(base: str, described: str) -> str:
 
 # GGUF -----------------------------------------------------------------------------------------------------------------
 
+# Unsloth's words for kinds of files.
+GGUF_WORDS = {"not_quantized": "f16", "fast_quantized": "q8_0", "quantized": "q4_k_m", None: "q8_0"}
+
 
 def save_gguf(
-    model: Any, folder: Path, tokenizer: Any = None, quantization_method: str | Sequence[str] = "q8_0", **others: Any
+    model: Any,
+    folder: Path,
+    tokenizer: Any = None,
+    quantization_method: str | Sequence[str] | None = "q8_0",
+    **others: Any,
 ) -> None:
-    """Save merged weights as GGUF files, one for each kind."""
-    raise refuse("gguf", "x", "y")
+    """Save merged weights as GGUF files, one for each kind, with the prompt style as their chat template.
+
+    Args:
+        model: with an adapter.
+        folder: other files in it stay.
+        tokenizer: the model's own if ``None``.
+        quantization_method: a kind that ``medcot export`` knows, or several.
+        **others: accepted where they have no meaning here, and said once.
+
+    Raises:
+        MedcotError: an unknown kind, one that needs llama.cpp where it is absent, or weights that cannot be merged.
+    """
+    pass_over(others, IDLE_SAVING, "model.save_pretrained_gguf", ("tokenizer", "quantization_method"))
+    words = (
+        [quantization_method]
+        if quantization_method is None or isinstance(quantization_method, str)
+        else quantization_method
+    )
+    quants = [check_quant(GGUF_WORDS.get(word, str(word).lower())) for word in words]
+    session = tuned_session(model)
+    folder = folder.expanduser().resolve()
+    for quant in quants:
+        with scratch_beside(folder, estimate_gguf_bytes(session.loaded.num_params, quant)) as work:
+            made = _write_gguf(session, write_adapter(model, tokenizer, work), tokenizer, quant, work)
+            folder.mkdir(parents=True, exist_ok=True)
+            os.replace(made, folder / f"{folder.name}-{quant}.gguf".replace(" ", "-"))
+
+
+def _write_gguf(session: Session, adapter: Path, tokenizer: Any, quant: str, work: Path) -> Path:
+    loaded = dataclasses.replace(session.loaded, tokenizer=tokenizer or session.loaded.tokenizer)
+    base = Base.of(loaded, trust_remote_code=session.recipe.model.trust_remote_code)
+    turns = build_turns(Style(session.recipe.prompt.style), loaded.tokenizer)
+    tensors = open_merged(base, adapter, device=str(loaded.device))
+    first, made = work / "first.gguf", work / "made.gguf"
+    if quant in MADE_BY_LLAMA_CPP:
+        llama_cpp.check_can_quantise(quant)
+    write_gguf(
+        tensors,
+        loaded.tokenizer,
+        first,
+        quant="f16" if quant in MADE_BY_LLAMA_CPP else quant,
+        name=f"{loaded.source}, tuned with medcot",
+        add_bos=turns.added,
+        chat_template=build_jinja(turns),
+    )
+    say_once(tensors.base)
+    if quant not in MADE_BY_LLAMA_CPP:
+        return first
+    llama_cpp.quantise(first, made, quant)
+    return made

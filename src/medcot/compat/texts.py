@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from medcot.errors import DataError
+from medcot.prompt import TUTORIAL_TEMPLATE, Style
 from medcot.records import Row, Span
 
 if TYPE_CHECKING:
@@ -170,6 +171,14 @@ def _without_long(found: Texts, max_tokens: int) -> Texts:
         [found.texts[place] for place in kept] if found.texts else [],
         [*found.sentences, sentence],
     )
+
+
+def find_style(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Style:
+    """The prompt style of the rows, for whoever serves the model: the tutorial's, or the model's chat template."""
+    head = TUTORIAL_TEMPLATE.partition("{question}")[0].strip()
+    if any(head in text for text in texts[:1]) or not tokenizer.chat_template:
+        return Style.TUTORIAL
+    return Style.CHAT
 
 
 def mask_outside_responses(found: Texts, instruction: str, response: str) -> Texts:

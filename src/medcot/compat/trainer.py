@@ -29,7 +29,7 @@ from medcot.compat import saving
 from medcot.compat.arguments import check_arguments, plain, plan_training
 from medcot.compat.notes import ArgumentError, join_words, pass_over, refuse, say_once
 from medcot.compat.session import session_of
-from medcot.compat.texts import Texts, mask_outside_responses, read_rows
+from medcot.compat.texts import Texts, find_style, mask_outside_responses, read_rows
 from medcot.data.packing import build_dataset
 from medcot.errors import OutputError
 from medcot.quiet import quiet_libraries
@@ -124,6 +124,7 @@ class SFTTrainer:
         if train_dataset is None:
             raise ArgumentError("SFTTrainer has no train_dataset", "It trains on its rows", "Pass train_dataset=")
         self._train = read_rows(train_dataset, self.tokenizer, **settings)
+        self._session.settle("prompt", "SFTTrainer", style=find_style(self._train.texts, self.tokenizer))
         self._held_out = None if eval_dataset is None else read_rows(eval_dataset, self.tokenizer, **settings)
         for found in (self._train, self._held_out):
             for sentence in found.sentences if found else ():

@@ -48,6 +48,7 @@ run = wandb.init(
 # **Changed**: the import line.
 # %% tags=import
 from medcot.compat import FastLanguageModel, SFTTrainer, is_bfloat16_supported
+
 # %% tags=load
 max_seq_length = 2048
 dtype = None

@@ -67,7 +67,9 @@ from pathlib import Path
 from IPython.display import HTML
 
 report = (Path(run["folder"]) / "report.html").read_text(encoding="utf-8")
-HTML(f'<iframe srcdoc="{escape(report)}" style="width: 100%; height: 900px; border: 0" sandbox="allow-scripts"></iframe>')
+HTML(
+    f'<iframe srcdoc="{escape(report)}" style="width: 100%; height: 900px; border: 0" sandbox="allow-scripts"></iframe>'
+)
 # %% [markdown]
 # ## A question of your own
 #
@@ -75,7 +77,9 @@ HTML(f'<iframe srcdoc="{escape(report)}" style="width: 100%; height: 900px; bord
 # %% tags=ask
 from medcot.pipeline import ask
 
-text = ask(question, Path(run["folder"]), max_new_tokens=max_new_tokens, on_text=lambda piece, in_think: print(piece, end=""))
+text = ask(
+    question, Path(run["folder"]), max_new_tokens=max_new_tokens, on_text=lambda piece, in_think: print(piece, end="")
+)
 # %% [markdown]
 # ## Keeping it
 #

@@ -109,6 +109,16 @@ def test_rows_that_end_early_are_padded(tuned: tuple[Any, Any]) -> None:
     assert torch.equal(ours, theirs) and (ours[0, 13:] == tokenizer.pad_token_id).all()
 
 
+def test_an_answer_ends_at_the_tokenizers_eos_too(fast: tuple[Any, Any]) -> None:
+    model, tokenizer = fast
+    model.generation_config.eos_token_id, own = 7, model.generation_config.eos_token_id
+    try:
+        call = read_call(model, tokenizer, (), {"input_ids": torch.tensor([[5]]), "max_new_tokens": 3})
+        assert call.prompts == [[5]] and call.pad_token_id == min(7, tokenizer.eos_token_id)
+    finally:
+        model.generation_config.eos_token_id = own
+
+
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [

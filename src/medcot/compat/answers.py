@@ -123,9 +123,8 @@ def read_call(model: Any, tokenizer: PreTrainedTokenizerBase, args: tuple[Any, .
     sampled = bool(settings.get("do_sample"))
     _check_plain(settings, sampled)
     known = eos_token_ids(model, tokenizer)
-    eos = settings.get("eos_token_id")
-    ids = set(eos) if isinstance(eos, list | tuple) else {eos}
-    if ids != known:
+    eos = given.get("eos_token_id")
+    if eos is not None and (set(eos) if isinstance(eos, list | tuple) else {eos}) != known:
         raise Declined(f"it ends at eos_token_id={eos}, and the model's answers at {sorted(known)}")
     room = settings.get("max_new_tokens")
     if not isinstance(room, int) or room < 1:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medcot.compat.notes import refuse, say_once
+from medcot.compat.notes import NotCoveredError, say_once
 from medcot.compat.session import Session
 from medcot.quiet import quiet_libraries
 from medcot.sharing import build_share
@@ -102,7 +102,7 @@ def check_arguments(args: TrainingArguments, session: Session) -> None:
     for name, value in _set_apart(args).items():
         idle = next((why for start, why in IDLE.items() if name == start or _begins(name, start)), None)
         if idle is None:
-            raise refuse(
+            raise NotCoveredError(
                 f"{WHERE} has {name}={value!r}",
                 "medcot trains without it, and the result would be another than was asked for",
                 f"Leave {name} at its default",
@@ -110,7 +110,7 @@ def check_arguments(args: TrainingArguments, session: Session) -> None:
         if value not in (False, None):
             say_once(f"{WHERE}: {name} {idle}")
     if args.world_size > 1:
-        raise refuse(
+        raise NotCoveredError(
             f"a notebook's trainer in {args.world_size} processes",
             "It trains in one",
             "Start 'torchrun --nproc-per-node N -m medcot run tutorial-8b'",
@@ -204,7 +204,9 @@ def _every(strategy: Any, steps: float, num_steps: int, steps_an_epoch: int) -> 
     }
     word = plain(strategy)
     if word not in known:
-        raise refuse(f"the strategy '{word}'", "What is done is done every so many steps, or epochs", "Use 'steps'")
+        raise NotCoveredError(
+            f"the strategy '{word}'", "What is done is done every so many steps, or epochs", "Use 'steps'"
+        )
     return known[word]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from medcot.compat.notes import refuse
+from medcot.compat.notes import NotCoveredError
 
 
 def get_chat_template(tokenizer: Any, chat_template: str | None = None, **others: Any) -> Any:
@@ -23,7 +23,7 @@ def get_chat_template(tokenizer: Any, chat_template: str | None = None, **others
         NotCoveredError: a template by name, a mapping of roles, or a tokenizer without a template.
     """
     if any(others.values()):
-        raise refuse(
+        raise NotCoveredError(
             f"get_chat_template with {', '.join(others)}",
             "A template is used as it is",
             "Rename the roles in the data with dataset.map",
@@ -31,7 +31,7 @@ def get_chat_template(tokenizer: Any, chat_template: str | None = None, **others
     if chat_template is None and tokenizer.chat_template:
         return tokenizer
     if chat_template is None or "{" not in chat_template:
-        raise refuse(
+        raise NotCoveredError(
             f"the chat template {chat_template!r}",
             "medcot uses the template that comes with a model, or one given as Jinja text",
             "Leave chat_template out, or pass the text of a template",

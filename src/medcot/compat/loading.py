@@ -22,7 +22,7 @@ import torch
 from medcot import engine
 from medcot.answering import find_adapter
 from medcot.compat.methods import ModelMethods, TokenizerMethods, extend
-from medcot.compat.notes import ArgumentError, pass_over, refuse, say_once
+from medcot.compat.notes import ArgumentError, NotCoveredError, pass_over, say_once
 from medcot.compat.saving import is_tuned
 from medcot.compat.session import Session, open_session, session_of
 from medcot.errors import ModelError
@@ -253,7 +253,7 @@ def _initialisation(init: bool | str, loftq_config: Any) -> str:
         return "default"
     if init == "pissa":
         return "pissa"
-    raise refuse(
+    raise NotCoveredError(
         f"init_lora_weights={init!r}",
         "An adapter starts at random (True), from PiSSA or from LoftQ",
         "Leave it out, or set 'pissa' or 'loftq'",
@@ -277,7 +277,9 @@ def _checkpointing(word: bool | str) -> Checkpointing:
 def _refuse_foreign(others: dict[str, Any], where: str) -> None:
     for name, remedy in FOREIGN.items():
         if others.pop(name, None):
-            raise refuse(f"{where} was given {name}", "It would give another model than medcot can train", remedy)
+            raise NotCoveredError(
+                f"{where} was given {name}", "It would give another model than medcot can train", remedy
+            )
 
 
 def _names(function: Any) -> list[str]:
@@ -348,7 +350,7 @@ def _keep_adapter(model: PeftModel, stage: dict[str, Any]) -> PeftModel:
     """Return a model that has an adapter as it is, where the call asks for one of its kind."""
     config: Any = model.peft_config["default"]
     if (config.r, config.lora_alpha) != (stage["r"], stage["alpha"]):
-        raise refuse(
+        raise NotCoveredError(
             f"{ATTACH} with r={stage['r']}, lora_alpha={stage['alpha']} for a model that has an adapter of"
             f" r={config.r}, lora_alpha={config.lora_alpha}",
             "A model has one adapter",

@@ -28,11 +28,6 @@ def say_once(sentence: str) -> None:
     RunConsole().note(sentence)
 
 
-def refuse(what: str, rule: str, remedy: str) -> NotCoveredError:
-    """Return the error for something that medcot does not do."""
-    return NotCoveredError(what, rule, remedy)
-
-
 def pass_over(given: Mapping[str, Any], idle: Mapping[str, str], where: str, known: Collection[str]) -> None:
     """Accept arguments that have no meaning here, saying why once; refuse those that nobody has heard of.
 

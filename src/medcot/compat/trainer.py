@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from medcot import engine
 from medcot.compat import saving
 from medcot.compat.arguments import check_arguments, plain, plan_training
-from medcot.compat.notes import ArgumentError, join_words, pass_over, refuse, say_once
+from medcot.compat.notes import ArgumentError, NotCoveredError, join_words, pass_over, say_once
 from medcot.compat.session import session_of
 from medcot.compat.texts import Texts, find_style, mask_outside_responses, read_rows
 from medcot.data.packing import build_dataset
@@ -104,7 +104,7 @@ class SFTTrainer:
 
         for name in ("peft_config", "optimizers", "compute_loss_func", "model_init", "optimizer_cls_and_kwargs"):
             if others.pop(name, None):
-                raise refuse(f"SFTTrainer was given {name}", "medcot's own is used", "Leave it out")
+                raise NotCoveredError(f"SFTTrainer was given {name}", "medcot's own is used", "Leave it out")
         pass_over(others, IDLE, "SFTTrainer", KNOWN)
         self._session = session_of(model, "SFTTrainer")
         saving.tuned_session(model)

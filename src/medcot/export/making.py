@@ -140,7 +140,7 @@ def prove(tuned: Tuned, kind: str, files: Path, name: str | None = None) -> equa
         logits, reader, faults = _read(tuned, kind, files, name)
     except MedcotError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, AssertionError) as error:
         raise UnequalError(
             f"'{files}' does not open: {type(error).__name__}: {error}",
             "An artefact opens in the library that will use it",
@@ -160,7 +160,7 @@ def _read(tuned: Tuned, kind: str, files: Path, name: str | None) -> tuple[list[
         logits, reader = equality.read_merged(files, reference, tuned.held.device)
         return logits, reader, equality.check_tokens(_open_tokenizer(files), reference)
     path = files / name if name is not None else next(files.glob("*.gguf"))
-    logits, reader, faults = equality.read_gguf(path, reference)
+    logits, reader, faults = equality.read_gguf(path, reference, tuned.held.model.config)
     if kind.startswith("ollama") and name is None and read_template(files / "Modelfile") != build_go(tuned.turns):
         faults.append("the Modelfile's TEMPLATE is not the run's prompt style")
     return logits, reader, faults

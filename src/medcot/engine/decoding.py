@@ -215,16 +215,18 @@ class Decoder:
         return self.engine.logits(read_prompts(self.engine, self.layers, prompts, store))
 
     def step(self, ids_B: Tensor) -> Tensor:
-        """Append one token to every row; return the logits of the next, (B, V).
+        """Append one token to each of the first B slots; return the logits of the next, (B, V).
 
         Rows that have ended are stepped like the others until they leave: at the end of their cache they stay.
         """
-        lengths_B = torch.tensor(self.lengths, device=self.device)
+        num_rows = len(ids_B)
+        lengths = self.lengths[:num_rows]
+        lengths_B = torch.tensor(lengths, device=self.device)
         _, num_kv, slots, channels = self.keys[0].shape
-        heads = torch.arange(len(self.lengths) * num_kv, device=self.device)
+        heads = torch.arange(num_rows * num_kv, device=self.device)
         places = heads * slots + lengths_B.repeat_interleave(num_kv)  # in a cache seen as rows of C
         hidden_BD, cos_BC, sin_BC = self.engine.embed(ids_B, lengths_B)
-        visible = min(round_up(max(self.lengths) + 1, SLOT_STEP), slots)
+        visible = min(round_up(max(lengths) + 1, SLOT_STEP), slots)
         masks: dict[int | None, Tensor] = {}
         for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
             if layer.window not in masks:
@@ -232,9 +234,10 @@ class Decoder:
             queries, new_keys, new_values = layer.split(layer.heads(hidden_BD, cos_BC, sin_BC))
             keys.view(-1, channels).index_copy_(0, places, new_keys.flatten(0, 1))
             values.view(-1, channels).index_copy_(0, places, new_values.flatten(0, 1))
-            attended = _attend(queries, keys[:, :, :visible], values[:, :, :visible], masks[layer.window])
+            seen = slice(num_rows), slice(None), slice(visible)
+            attended = _attend(queries, keys[seen], values[seen], masks[layer.window])
             hidden_BD = layer.finish(hidden_BD, attended)
-        self.lengths = [min(length + 1, slots - 1) for length in self.lengths]
+        self.lengths[:num_rows] = [min(length + 1, slots - 1) for length in lengths]
         return self.engine.logits(norm(self.engine.causal_lm.model.norm, hidden_BD))
 
     def keep(self, places: Sequence[int]) -> None:

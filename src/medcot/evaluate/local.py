@@ -34,8 +34,16 @@ from medcot.errors import DataError
 from medcot.evaluate.backends import Answer, Counts, Draws, Ending, Limits, OnAnswer, Request, answer_failed
 from medcot.evaluate.writing import Shares, Thoughts, seed_of
 from medcot.generate import Generated, OnWritten, Sampling, generate
-from medcot.prompt import Style, decode, encode_prompt, split_completion
-from medcot.prompt.frames import control_ids, frame_of, tokenise
+from medcot.prompt import (
+    Style,
+    answer_ids,
+    closing_ids,
+    count_torn,
+    decode,
+    encode_prompt,
+    split_completion,
+)
+from medcot.prompt.frames import control_ids, frame_of
 from medcot.records import Finish
 
 if TYPE_CHECKING:
@@ -326,7 +334,7 @@ class TokenBackend:
             DataError: two choices begin with the same token there.
         """
         texts = [f"{ASK} {choice}" for choice in choices]
-        whole = [self._answer_ids(text) if closed else self._close(text) for text in texts]
+        whole = [answer_ids(self._frame, self.tokenizer, text) if closed else self._close(text) for text in texts]
         parted = (place for place, ids in enumerate(zip(*whole, strict=False)) if len(set(ids)) > 1)
         num_shared = next(parted, min(map(len, whole)))
         rests = [ids[num_shared:] for ids in whole]
@@ -348,17 +356,11 @@ class TokenBackend:
 
     def _without_torn_tag(self, row: _Row) -> list[int]:
         """What was written, without the first tokens of a tag that the cap cut in two."""
-        kept, tag = self._plain(row), list(self._frame.close_ids)
-        num_torn = next((n for n in range(len(tag) - 1, 1, -1) if kept[-n:] == tag[:n]), 0)
-        return kept[: len(kept) - num_torn]
+        kept = self._plain(row)
+        return kept[: len(kept) - count_torn(kept, self._frame)]
 
     def _close(self, answer: str, before: str = "") -> list[int]:
-        """The ids that end thinking and begin an answer, as a training row has them; ``before`` opens an empty one."""
-        end = tokenise(before + self._frame.after_think, self.tokenizer)[0]
-        return [*end, *self._frame.close_ids, *self._answer_ids(answer)]
-
-    def _answer_ids(self, answer: str) -> list[int]:
-        return tokenise(self._frame.before_answer + answer, self.tokenizer)[0]
+        return closing_ids(self._frame, self.tokenizer, answer, before)
 
     def _end_at_line(self, row: _Row) -> None:
         """Cut a forced answer at the first line break behind it."""

@@ -24,11 +24,13 @@ Sources: the tutorial's prompt to the letter; deepseek-ai/DeepSeek-R1-Distill-* 
 ends the generation prompt with ``<think>`` and a newline); incremental decoding as in text-generation-inference.
 """
 
+from medcot.prompt.closing import answer_ids, closing_ids, count_torn
 from medcot.prompt.decode import (
     SpanKind,
     SpanText,
     StreamPiece,
     StreamSplitter,
+    TokenText,
     decode,
     decode_spans,
     decode_tokens,
@@ -64,8 +66,12 @@ __all__ = [
     "StreamPiece",
     "StreamSplitter",
     "Style",
+    "TokenText",
+    "answer_ids",
+    "closing_ids",
     "count_most_bytes",
     "count_shortest_think",
+    "count_torn",
     "decode",
     "decode_spans",
     "decode_tokens",

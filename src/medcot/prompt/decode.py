@@ -136,6 +136,40 @@ def split_completion(
     )
 
 
+class TokenText:
+    """Tokens to text as they come: ``feed`` gives nothing while a character is not whole.
+
+    Args:
+        tokenizer: the model's; control tokens give no text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._control = control_ids(tokenizer)
+        self._shown: list[int] = []  # the tokens decoded last: some decoders treat the first token of a text apart
+        self._pending: list[int] = []  # tokens that end within a character
+
+    def feed(self, token_id: int) -> str:
+        """Take the next token; return the text that is whole now."""
+        if token_id in self._control:
+            return ""
+        self._pending.append(token_id)
+        text = self._decode_pending()
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._shown, self._pending = self._pending, []
+        return text
+
+    def finish(self) -> str:
+        """Return what was held back, half a character shown as such; call it once, after the last token."""
+        text, self._pending = self._decode_pending(), []
+        return text
+
+    def _decode_pending(self) -> str:
+        before = decode(self._shown, self._tokenizer)
+        return decode(self._shown + self._pending, self._tokenizer)[len(before) :]
+
+
 class StreamSplitter:
     """Splits a completion while it is generated, for ``medcot ask``.
 
@@ -145,35 +179,27 @@ class StreamSplitter:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._control = control_ids(tokenizer)
-        self._shown: list[int] = []  # the tokens decoded last: some decoders treat the first token of a text apart
-        self._pending: list[int] = []  # tokens that end within a character
+        self._text = TokenText(tokenizer)
         self._held = ""  # text that may be the beginning of a tag
         self._space = ""  # whitespace, shown only when text follows
         self._in_think, self._started = True, False
 
+    @property
+    def in_think(self) -> bool:
+        """Whether the thinking is open."""
+        return self._in_think
+
     def feed(self, token_id: int) -> list[StreamPiece]:
         """Take the next token; return what can be shown now."""
-        if token_id in self._control:
-            return []
-        self._pending.append(token_id)
-        text = self._decode_pending()
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return []
-        self._shown, self._pending = self._pending, []
-        return self._split(text)
+        text = self._text.feed(token_id)
+        return self._split(text) if text else []
 
     def finish(self) -> list[StreamPiece]:
         """Return what was held back; call it once, after the last token."""
-        pieces = self._split(self._decode_pending())
+        pieces = self._split(self._text.finish())
         pieces += self._show(self._held)
-        self._held, self._pending = "", []
+        self._held = ""
         return pieces
-
-    def _decode_pending(self) -> str:
-        before = decode(self._shown, self._tokenizer)
-        return decode(self._shown + self._pending, self._tokenizer)[len(before) :]
 
     def _split(self, text: str) -> list[StreamPiece]:
         self._held += text

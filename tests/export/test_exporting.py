@@ -34,7 +34,10 @@ def no_llama(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_cpp.shutil, "which", lambda _: None)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama tied", "qwen2", "qwen3", "mistral"])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama tied", "qwen3", "mistral")]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", *OTHERS])
 def test_every_plain_kind_is_the_tuned_model(tuned_run: Runs, name: str) -> None:
     run = tuned_run(name)
     made, printed = export(run, *PLAIN)

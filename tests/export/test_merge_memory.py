@@ -18,7 +18,7 @@ import json, sys, torch
 from pathlib import Path
 from transformers import AutoTokenizer
 from medcot import merging
-from medcot.export import merged, nf4
+from medcot.export import merged
 
 base_folder, adapter, out, kind, shard = sys.argv[1:]
 merging.SHARD_BYTES = int(shard)
@@ -27,9 +27,6 @@ base = merged.Base(base_folder, None, "bf16", torch.bfloat16, 10**8, AutoTokeniz
 if kind == "merged-4bit":
     import bitsandbytes.functional as bnb
     bnb.quantize_4bit(torch.zeros(64, 64), compress_statistics=True, quant_type="nf4")  # its library is loaded once
-import bitsandbytes.functional
-bitsandbytes.functional.quantize_4bit(torch.ones(64, 64), compress_statistics=True, quant_type="nf4")  # loads it
-nf4.find_packed(merged.read_config(base.find_weights()))
 if kind == "whole model":
     merged.find_updates = lambda *_: None
 
@@ -38,10 +35,7 @@ def read(name):
 
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of imports, is forgotten
 before = read("VmRSS:")
-if kind == "merged-4bit":
-    nf4.save_nf4(base, Path(adapter), Path(out))
-else:
-    merged.merge(base, Path(adapter), Path(out), dtype=torch.bfloat16)
+merged.merge(base, Path(adapter), Path(out), dtype=torch.bfloat16)
 print(json.dumps({"grown": read("VmHWM:") - before}))
 """
 
@@ -59,7 +53,7 @@ def parts(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
-@pytest.mark.parametrize("kind", ["merged-16bit", "merged-4bit", "whole model"])
+@pytest.mark.parametrize("kind", ["merged-16bit", "whole model"])
 def test_peak_memory_is_at_most_two_shards(parts: Path, tmp_path: Path, kind: str) -> None:
     shards = sorted((parts / "base").glob("*.safetensors"))
     whole = sum(path.stat().st_size for path in shards)

@@ -28,7 +28,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "llama tied": {"tie_word_embeddings": True},
     "qwen2": {"num_key_value_heads": 2, "vocab_size": 288},  # bitsandbytes' kernel for the CPU wants 32 rows a matrix
     "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
-    "mistral": {"sliding_window": None, "head_dim": 32},
+    "mistral": {"sliding_window": None, "num_attention_heads": 4, "head_dim": 32},
 }
 ROOM = {"num_prompts": 6, "num_tokens": 16}  # of a proof
 

@@ -38,7 +38,8 @@ BYTES_OF_WEIGHT = 0.516  # half a byte, and 8.127 bits of scale for each 64
 def save_nf4(base: Base, adapter: Path, folder: Path, *, device: str = "cpu") -> Merged:
     """Write the merged model in NF4 with double quantisation and its tokenizer to ``folder``, replacing one there.
 
-    Memory holds one merged matrix and one shard, or the whole 16-bit model where PEFT has to merge.
+    Memory holds one shard, and one matrix with what bitsandbytes needs to round it (on a CPU about seven times its
+    16-bit size); the whole 16-bit model where PEFT has to merge.
 
     Raises:
         OutputError: the folder holds an adapter, or the disk is full.

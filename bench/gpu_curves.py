@@ -50,7 +50,8 @@ SMOOTHED_STEPS = 5
 # Okabe and Ito's palette, told apart by the colour-blind too.
 COLOURS = {"bf16": "#0072b2", "nf4": "#009e73", "fp8": "#d55e00", "fp32": "#333333"}
 COLOURS |= {"fp8:head-forward16": "#e69f00", "fp8:head16": "#f0e442", "fp8:slow-accum": "#8b4513"}
-COLOURS |= {"fp8:forward16": "#11a579", "fp8:weights-only": "#3969ac"}
+COLOURS |= {"fp8:slow-backward": "#666666", "fp8:forward16": "#11a579"}
+COLOURS |= {"fp8:weights-only": "#3969ac"}
 COLOURS |= {"fp8:backward16": "#7f3c8d", "fp8:all16-backward+head16": "#e73f74"}
 COLOURS |= {"bf16 / fp32": "#56b4e9", "plain / fp32": "#cc79a7", "nf4 / bf16": "#999999"}
 
@@ -69,6 +70,7 @@ FP8_CHOICES = {
     "head-forward16": Fp8(head_forward=False),
     "head16": Fp8(head_forward=False, head_backward=False),
     "slow-accum": Fp8(fast_accum=False),
+    "slow-backward": Fp8(fast_backward=False),
     "backward16": Fp8(backward=False),
     "all16-backward+head16": Fp8(backward=False, head_forward=False, head_backward=False),
     "forward16": Fp8(forward=False),

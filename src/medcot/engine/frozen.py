@@ -19,7 +19,7 @@ Axes: T tokens, D inputs, N outputs of the group.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -30,6 +30,7 @@ from medcot.engine.devices import has_triton
 from medcot.engine.terms import Rounded
 
 FP8_STEP = 16  # cuBLAS multiplies in 8 bit where both sizes of a weight are multiples of this
+LONGEST_FAST_SUM = 32_768  # products that are added up with 14 bits; of Llama 8B's, only the head's backward has more
 SCALE_ADDRESS = 16  # and where the rows' scales begin at a multiple of this many bytes
 
 
@@ -188,8 +189,9 @@ class Fp8:
         backward: the gradients' products with the layers' weights; otherwise as ``forward``.
         head_forward: the logits.
         head_backward: the gradient of the hidden states that the logits were made of.
-        fast_accum: sums stay in the tensor cores' own registers, with about 14 bits, over the whole length; otherwise
-            they are added up in float32 on the way, which takes longer.
+        fast_accum: sums stay in the tensor cores' own registers, with about 14 bits, over the whole length, up to
+            ``LONGEST_FAST_SUM``; otherwise they are added up in float32 on the way, which takes longer.
+        fast_backward: so too in backward products; of no account where ``fast_accum`` is off.
     """
 
     forward: bool = True
@@ -197,6 +199,7 @@ class Fp8:
     head_forward: bool = True
     head_backward: bool = True
     fast_accum: bool = True
+    fast_backward: bool = True
 
 
 class Fp8Weight:
@@ -238,7 +241,7 @@ class Fp8Weight:
         """``x Wᵀ + b`` in 8 bit, sums in float32."""
         if not self.choice.forward:
             return nn.functional.linear(x_TD, self.dense(), bias_N)
-        return self._product(quantise(x_TD), self.rows_ND, self.scale_N[None], bias_N)
+        return self._product(quantise(x_TD), self.rows_ND, self.scale_N[None], bias_N, fast=True)
 
     def multiply_back(self, dy_TN: Tensor) -> Tensor:
         """``dy W`` in 8 bit, the outputs' scales folded into dy."""
@@ -249,9 +252,11 @@ class Fp8Weight:
     def multiply_back_rounded(self, dy_TN: Rounded) -> Tensor:
         """``multiply_back`` of a gradient that has been rounded with ``scale_N`` as its columns' factors."""
         assert self.choice.backward, "a backward product in 16 bit rounds nothing"
-        return self._product(dy_TN, self._columns_DN, self._one_1D, None)
+        return self._product(dy_TN, self._columns_DN, self._one_1D, None, fast=self.choice.fast_backward)
 
-    def _product(self, rounded: Rounded, rows_ND: Tensor, scale_1N: Tensor, bias_N: Tensor | None) -> Tensor:
+    def _product(
+        self, rounded: Rounded, rows_ND: Tensor, scale_1N: Tensor, bias_N: Tensor | None, *, fast: bool
+    ) -> Tensor:
         return torch._scaled_mm(
             rounded.codes_TN,
             rows_ND.T,
@@ -259,7 +264,7 @@ class Fp8Weight:
             scale_b=scale_1N,
             bias=bias_N,
             out_dtype=self.dtype,
-            use_fast_accum=self.choice.fast_accum,
+            use_fast_accum=fast and self.choice.fast_accum and rows_ND.shape[1] <= LONGEST_FAST_SUM,
         )
 
 
@@ -279,7 +284,7 @@ class Fp8Head:
 
     def __init__(self, weight_VD: Tensor, dtype: torch.dtype, choice: Fp8) -> None:
         self._eight, self._dense, self._choice = Fp8Weight([weight_VD], dtype), DenseMatrix(weight_VD), choice
-        self._eight.choice = Fp8(fast_accum=choice.fast_accum)
+        self._eight.choice = replace(choice, forward=True, backward=True)
 
     def multiply(self, x_TD: Tensor, bias_N: Tensor | None) -> Tensor:
         """``x Wᵀ + b``."""

@@ -208,10 +208,15 @@ class GraphDecoder:
     def launch(self, rows: Sequence[int]) -> None:
         """Start a step, ``rows`` being in the slots; returns at once."""
         with torch.cuda.device(self.device):
+            self.replay()
+            self._fly(rows, self.steps.state.ids_B)
+
+    def replay(self) -> None:
+        """Start a step whose tokens nobody collects; returns at once."""
+        with torch.cuda.device(self.device):
             if self._graph is None:
                 self._graph = self._record()
             self._graph.replay()
-            self._fly(rows, self.steps.state.ids_B)
 
     def collect(self) -> Written:
         """Wait for the oldest of what was launched."""
@@ -259,6 +264,56 @@ class GraphDecoder:
             torch.cuda.current_stream(self.device).synchronize()
             self._graph.reset()
             self._graph = None
+
+
+class _LogitsSteps(Steps):
+    """Steps that leave the logits where the host finds them, and choose nothing."""
+
+    def __init__(self, engine: Engine, num_slots: int, row_tokens: int) -> None:
+        super().__init__(engine, num_slots, row_tokens, 1, temperature=0.0, top_p=1.0, read_tokens=row_tokens)
+        for cache in self.caches:  # slots that nobody has read into are stepped like the others
+            cache.keys.zero_()
+            cache.values.zero_()
+        vocabulary = engine.causal_lm.lm_head.out_features
+        self.step_logits_BV = torch.zeros(num_slots, vocabulary, dtype=engine.dtype, device=self.device)
+        self.read_logits_RV = self.step_logits_BV[:0]
+
+    def _choose(self, hidden_BD: Tensor, rows: step_ops.Rows, chances_BT: Tensor) -> None:
+        logits = self.engine.logits(hidden_BD)
+        if rows is self.state:
+            self.step_logits_BV.copy_(logits)
+        else:
+            self.read_logits_RV = logits
+        rows.lengths_B.add_(1).clamp_(max=self._last)
+
+
+class Stepper:
+    """``decoding.Decoder``'s two calls over recorded steps, for a caller who draws each row's token its own way.
+
+    The host waits for each step's logits, so it is slower than ``GraphDecoder``, by the choice of the tokens. Every
+    step is of all slots, whoever has them.
+
+    Args:
+        engine: the model's fast forward, in 16 bit.
+        num_slots: rows.
+        row_tokens: the longest prompt and what it may grow by, together.
+    """
+
+    def __init__(self, engine: Engine, num_slots: int, row_tokens: int) -> None:
+        self._steps = _LogitsSteps(engine, num_slots, row_tokens)
+        self._decoder = GraphDecoder(self._steps)
+        self.device = self._steps.device
+
+    def read(self, places: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Read prompts into these slots, whoever had them; return the logits of each one's first new token, (R, V)."""
+        self._steps.read(places, prompts, torch.zeros(len(places), 1))
+        return self._steps.read_logits_RV
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """Append one token to each of the first B slots; return the logits of the next, (B, V), until the next call."""
+        self._steps.state.ids_B[: len(ids_B)].copy_(ids_B)
+        self._decoder.replay()
+        return self._steps.step_logits_BV[: len(ids_B)]
 
 
 def _thin_products(layer: BoundLayer, dtype: torch.dtype) -> list[AnyProduct]:

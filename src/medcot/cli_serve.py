@@ -1,0 +1,100 @@
+"""The command ``serve``: it reads words, calls ``serving``, and blocks until it is stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medcot.errors import RecipeError, did_you_mean
+from medcot.terminal import LATEST, open_console, reporting
+
+
+def serve(
+    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Run folder; Hub id, folder or GGUF.")] = str(
+        LATEST
+    ),
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="An adapter of MODEL, or NAME=ADAPTER for one more to be asked for by name. Repeatable."),
+    ] = None,
+    style: Annotated[
+        str | None, typer.Option(help="Prompt of a MODEL: chat, tutorial or short.", show_default="the run's, or chat")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address; any but loopback needs an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any that is free.")] = 8000,
+    api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the API key.")] = "MEDCOT_API_KEY",
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Answers written together.", show_default="64 on a GPU, 16 on a CPU")
+    ] = None,
+    context: Annotated[int, typer.Option(min=16, help="Tokens of prompt and answer together.")] = 4096,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, thinking included.")] = 2048,
+    think_tokens: Annotated[
+        int | None, typer.Option(min=0, help="Budget for thinking, which is then closed.", show_default="none")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, max=2, help="Of draws.", show_default="the model's, or 0.6")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help="Of draws.", show_default="the model's, or 0.95")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds of a request, waiting included.")] = 600,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="Seconds that answers have left at a stop.")] = 30,
+    precision: Annotated[
+        str | None, typer.Option(help="How weights are held.", show_default="the run's, or auto")
+    ] = None,
+) -> None:
+    """Serve a run's base and tuned model, or any model, in OpenAI's protocol."""
+    with reporting():
+        from dataclasses import replace
+
+        from medcot import serving
+        from medcot.prompt import Style
+        from medcot.secrets import find_endpoint_key
+        from medcot.stages import Precision
+
+        own, more = _split_adapters(adapter or [])
+        who = serving.choose(target, own)
+        if own is not None and who.adapter != own:
+            raise RecipeError(f"--adapter {own} with a run", "A run has its adapter", f"Name it: --adapter NAME={own}")
+        if style is not None:
+            if style not in list(Style):
+                raise RecipeError(f"--style {style}", f"It is one of {', '.join(Style)}", did_you_mean(style, Style))
+            who = replace(who, style=Style(style))
+        if precision is not None:
+            if precision not in list(Precision):
+                raise RecipeError(
+                    f"--precision {precision}",
+                    f"It is one of {', '.join(Precision)}",
+                    did_you_mean(precision, Precision),
+                )
+            who = replace(who, precision=precision)
+        key = find_endpoint_key(host, api_key_env)
+        wish = serving.Wish(
+            who,
+            more,
+            host=host,
+            port=port,
+            slots=slots,
+            context_tokens=context,
+            max_tokens=min(max_tokens, context),
+            think_tokens=think_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seconds=timeout,
+            drain_seconds=drain_seconds,
+            api_key=key.value if key else None,
+        )
+        serving.serve(wish, console=open_console())
+
+
+def _split_adapters(given: list[str]) -> tuple[str | None, dict[str, str]]:
+    """Return the adapter without a name, and those with one."""
+    named = dict(text.split("=", 1) for text in given if "=" in text and not Path(text).exists())
+    plain = [text for text in given if "=" not in text or Path(text).exists()]
+    if len(plain) > 1:
+        raise RecipeError(
+            f"--adapter {' and '.join(plain)}", "One adapter goes by 'tuned'", "Name the others: --adapter NAME=ADAPTER"
+        )
+    return (plain[0] if plain else None), named

@@ -30,8 +30,10 @@ from medcot.engine.devices import has_triton
 from medcot.engine.terms import Rounded
 
 FP8_STEP = 16  # cuBLAS multiplies in 8 bit where both sizes of a weight are multiples of this
-LONGEST_FAST_SUM = 32_768  # products that are added up with 14 bits; of Llama 8B's, only the head's backward has more
-SCALE_ADDRESS = 16  # and where the rows' scales begin at a multiple of this many bytes
+# So many products are added up with 14 bits. Only the sums of a head's backward are longer: of SmolLM2, they take that
+# gradient off by 6 %, the same way for all tokens, and every other product by 0.1 % (emulated by bench/fp8_sums.py).
+LONGEST_FAST_SUM = 32_768
+SCALE_ADDRESS = 16  # cuBLAS takes rows' scales that begin at a multiple of this many bytes
 
 
 class Matrix(Protocol):

@@ -54,7 +54,7 @@ def imported(node):
 def test_every_import_of_the_package_is_a_declared_dependency_or_the_standard_library():
     import sys
 
-    modules = {"yaml": "pyyaml"}
+    modules = {"yaml": "pyyaml", "llama_cpp": "llama-cpp-python"}
     optional = {"google", "kaggle_secrets"}  # a notebook's own vault, looked for where it exists
     optional |= UNPINNED  # the kernels run where PyTorch is a CUDA build
     declared = {canonicalize_name(requirement.name) for requirement in requirements()}

@@ -36,21 +36,19 @@ class Startup:
             import torch
 
             device_index = torch.cuda.current_device() if torch.cuda.is_available() else 0
-        self._work: list[Future[None]] = [
-            self._pool.submit(_read_ahead, Path(source).expanduser()),
-            self._pool.submit(self._import, device_index),
-        ]
+        self._pool.submit(_read_ahead, Path(source).expanduser())
+        self._imported: Future[None] = self._pool.submit(self._import, device_index)
 
     def wait(self) -> None:
         """Return when everything is imported; raises what an import raised."""
-        self._work[1].result()
+        self._imported.result()
         self._pool.shutdown(wait=False)
 
     def _import(self, device_index: int) -> None:
         with _resting_collector():
             import torch
         if torch.cuda.is_available():
-            self._work.append(self._pool.submit(_make_context, device_index))
+            self._pool.submit(_make_context, device_index)
         with _resting_collector():
             from medcot import asking, export, planning, proof
         del asking, export, planning, proof

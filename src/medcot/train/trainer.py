@@ -117,10 +117,11 @@ class ReasoningTrainer(SFTTrainer):
             self.optimizer.state.clear()
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Count the trained tokens of a whole step; one process alone counts on the host, which waits for nothing."""
-        if ranks.current().size > 1:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        return sum(int((batch["labels"][..., 1:] != -100).sum()) for batch in batch_samples)
+        """Count the trained tokens of a whole step, of all processes, on the host: nothing waits for the GPU.
+
+        transformers' own gathers them over the GPUs' group, which takes no tensor of the host.
+        """
+        return ranks.add_up([sum(int((batch["labels"][..., 1:] != -100).sum()) for batch in batch_samples)])[0]
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Leave a batch on the host for the engine, which sends what it needs."""

@@ -28,8 +28,16 @@ def serve(
     slots: Annotated[
         int | None, typer.Option(min=1, help="Answers written together.", show_default="64 on a GPU, 16 on a CPU")
     ] = None,
-    context: Annotated[int, typer.Option(min=16, help="Tokens of prompt and answer together.")] = 4096,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, thinking included.")] = 2048,
+    queue: Annotated[
+        int | None, typer.Option(min=0, help="Requests that may wait; then 429.", show_default="4 a slot")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=16, help="Tokens of prompt and answer together.", show_default="4096, or the model's"),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer, thinking included, unless a request says otherwise.")
+    ] = 2048,
     think_tokens: Annotated[
         int | None, typer.Option(min=0, help="Budget for thinking, which is then closed.", show_default="none")
     ] = None,
@@ -44,6 +52,9 @@ def serve(
     precision: Annotated[
         str | None, typer.Option(help="How weights are held.", show_default="the run's, or auto")
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="What writes: auto (vllm where it is installed and there is a GPU), local or vllm.")
+    ] = "auto",
 ) -> None:
     """Serve a run's base and tuned model, or any model, in OpenAI's protocol."""
     with reporting():
@@ -51,11 +62,14 @@ def serve(
 
         from medcot import serving
         from medcot.prompt import Style
-        from medcot.secrets import find_endpoint_key
+        from medcot.secrets import OTHER_ENDPOINT_KEY, find_endpoint_key
         from medcot.stages import Precision
 
+        engines = ["auto", *serving.Engine]
+        if engine not in engines:
+            raise RecipeError(f"--engine {engine}", f"It is one of {', '.join(engines)}", did_you_mean(engine, engines))
         own, more = _split_adapters(adapter or [])
-        who = serving.choose(target, own)
+        who = serving.choose(target, own, engine=serving.find_engine() if engine == "auto" else serving.Engine(engine))
         if own is not None and who.adapter != own:
             raise RecipeError(f"--adapter {own} with a run", "A run has its adapter", f"Name it: --adapter NAME={own}")
         if style is not None:
@@ -70,7 +84,13 @@ def serve(
                     did_you_mean(precision, Precision),
                 )
             who = replace(who, precision=precision)
-        key = find_endpoint_key(host, api_key_env)
+        key = find_endpoint_key("", api_key_env)
+        if key is None and api_key_env != OTHER_ENDPOINT_KEY:
+            raise RecipeError(
+                f"--api-key-env {api_key_env}, and there is no such secret",
+                "It names the environment variable, or the notebook's secret, that holds the key",
+                f"Make one: export {api_key_env}=$(openssl rand -hex 24)",
+            )
         wish = serving.Wish(
             who,
             more,
@@ -78,7 +98,8 @@ def serve(
             port=port,
             slots=slots,
             context_tokens=context,
-            max_tokens=min(max_tokens, context),
+            waiting=queue,
+            max_tokens=max_tokens if context is None else min(max_tokens, context),
             think_tokens=think_tokens,
             temperature=temperature,
             top_p=top_p,

@@ -1,41 +1,51 @@
-"""The job of ``medcot serve``: open a run or a model with its adapters, and answer requests until told to stop.
+"""The job of ``medcot serve``: open a run or a model, give each adapter its lane, and let a server stand before them.
 
-Everything is loaded before the server listens, so whoever gets a connection gets an answer. SIGTERM and Ctrl-C drain:
-no new connections, those being answered go on to their ends for so many seconds, and the process ends with exit code 0.
+The base is loaded once and served as ``base``; a run's adapter is ``tuned``, the one asked where a request names none,
+and further ones go by the names they are given. The adapters are PEFT's, side by side; each lane is opened with its own
+switched on and keeps it (``serve/opening.py``), so all are written at the same time over one set of weights. Lanes are
+opened before the server listens: what does not fit into memory is said at the start, and not to the first who asks.
 
-The base is served as ``base``, a run's adapter as ``tuned``, the default; further adapters go by the names they are
-given.
+Safety comes before loading: any address but loopback needs an API key, and the address is taken first, so that a port
+in use costs no minute of loading.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import signal
-from collections.abc import Callable, Iterator, Mapping
+import importlib
+import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medcot.answering import Choice, Engine, choose_run, find_adapter
-from medcot.errors import MissingExtraError, ModelError, OutputError, RecipeError
-from medcot.generate import Sampling, eos_token_ids, sampling_defaults
+from medcot.errors import MissingExtraError, RecipeError
+from medcot.prompt import Style
 from medcot.prompt.frames import frame_of
 
 if TYPE_CHECKING:
+    import socket
+
     from rich.console import Console
+    from starlette.types import ASGIApp
     from transformers import PreTrainedTokenizerBase
 
+    from medcot.generate import Sampling
     from medcot.model import LoadedModel
     from medcot.serve.app import Settings
     from medcot.serve.lanes import Lane
-    from medcot.serve.scheduler import Scheduler
+    from medcot.serve.metrics import Metrics
+    from medcot.serve.opening import Opener
+    from medcot.serve.scheduler import MakeRow, Scheduler
+    from medcot.serve.vllm_scheduler import VllmScheduler
 
 BASE, TUNED = "base", "tuned"
-# Answers written together, by device type: a cache of 64 rows of 4,096 tokens takes 34 GB of an 8B.
-SLOTS = {"cuda": 64, "cpu": 16}
+INTENDED_USE = "For research and education; not for diagnosis or treatment."
+SLOTS = {"cuda": 64, "cpu": 16}  # answers written together for each model, where memory has room
 WAITING_A_SLOT = 4  # how many may wait, for each that is answered
-CLOSE_TOKENS = 8  # room for closing the thinking, in any style
+CONTEXT_TOKENS = 4096
+LIBRARIES = ("starlette", "uvicorn", "prometheus_client")
 
 
 @dataclass(frozen=True)
@@ -44,12 +54,12 @@ class Wish:
 
     Attributes:
         who: the model, with the adapter that is served as ``tuned``.
-        adapters: more of them by name.
-        host: address to listen on.
+        adapters: further ones by name: folder or Hub id.
+        host: address to listen at.
         port: 0 for any that is free.
-        slots: answers written together; ``None`` for what the device is good for.
+        slots: answers written together for each model; ``None`` for what suits the machine.
         waiting: requests that may wait for a slot; ``None`` for a few for each.
-        context_tokens: prompt and answer together.
+        context_tokens: prompt and answer together; ``None`` for 4,096, or the model's own length if that is less.
         max_tokens: of an answer, unless the request says otherwise.
         think_tokens: budget for thinking, unless the request says otherwise; ``None`` for none.
         temperature: unless the request says otherwise; ``None`` for the model's own.
@@ -66,7 +76,7 @@ class Wish:
     port: int = 8000
     slots: int | None = None
     waiting: int | None = None
-    context_tokens: int = 4096
+    context_tokens: int | None = None
     max_tokens: int = 2048
     think_tokens: int | None = None
     temperature: float | None = None
@@ -77,40 +87,78 @@ class Wish:
     api_key: str | None = field(default=None, repr=False)
 
 
-def choose(target: str, adapter: str | None = None) -> Choice:
+@dataclass(frozen=True)
+class Service:
+    """All that stands behind an address; whoever has it starts and stops the scheduler.
+
+    Attributes:
+        app: speaks HTTP.
+        scheduler: writes the answers.
+        settings: what is allowed.
+        sentence: what is served.
+        notes: what the user should know, one sentence each.
+    """
+
+    app: ASGIApp
+    scheduler: Scheduler | VllmScheduler
+    settings: Settings
+    sentence: str
+    notes: tuple[str, ...] = ()
+
+
+def choose(target: str, adapter: str | None = None, *, engine: Engine = Engine.LOCAL) -> Choice:
     """Return what a run folder, or a model by its name, stands for.
 
     Raises:
         ModelError: a folder that is a run without an adapter.
     """
+    from dataclasses import replace
+
     from medcot.records import Run
 
     if Run(Path(target)).recipe.is_file():
-        return choose_run(Path(target))
-    return Choice(target, adapter, name=TUNED)
+        return replace(choose_run(Path(target)), engine=engine)
+    return Choice(target, adapter, name=TUNED, engine=engine)
+
+
+def find_engine() -> Engine:
+    """Return vLLM where it is installed and there is a GPU, else our own engine."""
+    import torch
+
+    return Engine.VLLM if importlib.util.find_spec("vllm") is not None and torch.cuda.is_available() else Engine.LOCAL
 
 
 def check_wish(wish: Wish) -> None:
     """Refuse what could not be meant, before anything is loaded.
 
     Raises:
-        RecipeError: an address without a key, a name twice, or numbers that do not fit together.
+        RecipeError: an address without a key, a name that is taken, or numbers that do not fit together.
         MissingExtraError: the server's libraries are not there.
     """
-    from medcot.serve.app import LOOPBACK
+    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f"{', '.join(missing)} not installed",
+            "Serving needs starlette, uvicorn and prometheus-client",
+            "Run pip install -c constraints.txt '.[serve]'",
+        )
+    from medcot.serve.server import is_loopback
 
-    if wish.host not in LOOPBACK and not wish.api_key:
+    if not is_loopback(wish.host) and not wish.api_key:
         raise RecipeError(
             f"--host {wish.host} without an API key",
-            "Anybody in the network could ask; only 127.0.0.1 is served without a key",
-            "Put a key into the environment variable MEDCOT_API_KEY (or name another with --api-key-env)",
+            "Anybody in the network could ask; only this machine is served without a key",
+            "Make one: export MEDCOT_API_KEY=$(openssl rand -hex 24), or name another with --api-key-env",
         )
-    taken = [name for name in wish.adapters if name in (BASE, TUNED)]
-    if taken:
-        raise RecipeError(f"an adapter named '{taken[0]}'", f"{BASE} and {TUNED} are taken", "Give it another name")
-    if wish.max_tokens > wish.context_tokens:
+    for name in wish.adapters:
+        if name in (BASE, TUNED):
+            raise RecipeError(f"an adapter named '{name}'", f"{BASE} and {TUNED} are taken", "Give it another name")
+        if not name.isascii() or not name.replace("-", "").replace("_", "").isalnum():
+            raise RecipeError(f"an adapter named {name!r}", "A name is of letters, digits, - and _", "Give it another")
+    context = wish.context_tokens or CONTEXT_TOKENS
+    if wish.max_tokens > context:
         raise RecipeError(
-            f"--max-tokens {wish.max_tokens} with --context {wish.context_tokens}",
+            f"--max-tokens {wish.max_tokens} with --context {context}",
             "An answer and its prompt share the context",
             "Raise --context, or lower --max-tokens",
         )
@@ -119,168 +167,138 @@ def check_wish(wish: Wish) -> None:
 def serve(wish: Wish, *, console: Console | None = None) -> None:
     """Serve until told to stop.
 
-    Args:
-        wish: what and how.
-        console: where to draw.
-
     Raises:
-        MedcotError: a model that cannot be loaded, an address that cannot be listened on, libraries that are missing.
+        MedcotError: a model that cannot be loaded, an address that cannot be had, libraries that are missing.
     """
-    uvicorn = _import_server()
     check_wish(wish)
+    from medcot.serve.server import CUT_S, Server, listen
     from medcot.train.progress import RunConsole
 
     screen = RunConsole(console)
-    with screen.stage("load model") as line:
-        service = open_service(wish)
-        line.detail = service.sentence
-    config = uvicorn.Config(
-        service.app, host=wish.host, port=wish.port, log_level="warning", access_log=False, lifespan="off",
-        timeout_graceful_shutdown=int(wish.drain_seconds), limit_concurrency=None, server_header=False,
-    )  # fmt: skip
-    server = uvicorn.Server(config)
-    listener = _listen(wish)
-    address = f"http://{_bracketed(wish.host)}:{listener.getsockname()[1]}"
-    service.scheduler.start()
-    _announce(screen, address, service.settings)
-    with _quiet_signals():
-        server.run(sockets=[listener])
-    service.scheduler.drain()
-    service.scheduler.join(wish.drain_seconds)
-    screen.note("stopped")
-
-
-@dataclass(frozen=True)
-class Service:
-    """What answers, without the socket: an ASGI application over a scheduler, which its user starts."""
-
-    app: Any
-    scheduler: Scheduler
-    settings: Settings
-    sentence: str  # what is served
+    with listen(wish.host, wish.port) as listener:
+        with screen.stage("load model") as line:
+            service = open_service(wish)
+            service.scheduler.start()
+            line.detail = service.sentence
+        for note in service.notes:
+            screen.warn(note)
+        _announce(screen, service.settings, listener)
+        Server(service.app, service.scheduler, wish.drain_seconds).run(sockets=[listener])
+        screen.note("stopped" if service.scheduler.join(CUT_S) else "stopped; answers were cut")
 
 
 def open_service(wish: Wish) -> Service:
     """Load what is to be served; errors as for ``serve``."""
-    from medcot.serve.app import build_app
+    who = wish.who
+    folders = {TUNED: who.adapter, **wish.adapters} if who.adapter is not None else dict(wish.adapters)
+    adapters = {name: find_adapter(text) for name, text in folders.items()}
+    return (_open_vllm if who.engine is Engine.VLLM else _open_local)(wish, adapters)
+
+
+def _open_local(wish: Wish, adapters: Mapping[str, Path]) -> Service:
+    from medcot.generate import eos_token_ids, sampling_defaults
+    from medcot.model import load
     from medcot.serve.metrics import Metrics
-    from medcot.serve.rows import Row
+    from medcot.serve.opening import Opener
     from medcot.serve.scheduler import Scheduler
 
-    opened = _open(wish)
-    frame, eos_ids = frame_of(wish.who.style, opened.tokenizer), eos_token_ids(opened.model, opened.tokenizer)
-    metrics = Metrics()
-    scheduler = Scheduler(
-        opened.lanes,
-        lambda job: Row(job, opened.tokenizer, frame, eos_ids),
-        most_waiting=opened.slots * WAITING_A_SLOT if wish.waiting is None else wish.waiting,
-        on_end=metrics.note,
-    )
-    metrics.watch(scheduler)
-    settings = _settings(wish, opened)
-    app = build_app(settings, scheduler, opened.tokenizer, metrics)
-    return Service(app, scheduler, settings, opened.describe())
-
-
-@dataclass
-class _Opened:
-    """A loaded model, and how the lanes of its names are opened."""
-
-    loaded: LoadedModel
-    model: Any
-    lanes: dict[str, Callable[[], Lane]]
-    slots: int
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.loaded.tokenizer
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The tuned model first: it is who is asked where a request names nobody."""
-        return tuple(sorted(self.lanes, key=lambda name: (name != TUNED, name != BASE, name)))
-
-    def describe(self) -> str:
-        loaded = self.loaded
-        return f"{loaded.source}, {loaded.num_params / 1e6:,.0f} M parameters, {loaded.precision}, {self.slots} slots"
-
-
-def _open(wish: Wish) -> _Opened:
-    """Load the base and every adapter; lanes take their memory when they are first asked for."""
-    from medcot import engine
-    from medcot.model import load, load_adapter
-
     who = wish.who
-    if who.engine is not Engine.LOCAL:
-        raise ModelError(
-            f"--engine {who.engine}",
-            "medcot's own engine serves in medcot's process",
-            "Serve merged weights with vLLM itself: 'medcot export RUN --to merged-16bit' writes its command",
-        )
-    folders = {TUNED: who.adapter, **wish.adapters} if who.adapter is not None else dict(wish.adapters)
-    adapters = {name: find_adapter(text) for name, text in folders.items() if text is not None}
     loaded = load(
         who.source,
         precision=who.precision,
         revision=who.revision,
-        max_seq_length=wish.context_tokens,
+        max_seq_length=wish.context_tokens or 1,
         allow_pickle=who.allow_pickle,
         trust_remote_code=who.trust_remote_code,
     )
-    frame_of(who.style, loaded.tokenizer)  # a style that the tokenizer has no frame for is missed now
-    model: Any = loaded.model
-    known: dict[str, str] = {}  # names to PEFT's
-    for name, folder in adapters.items():
-        if not known:
-            model, known[name] = load_adapter(loaded, folder), "default"
-        else:
-            model.load_adapter(str(folder), adapter_name=name)
-            known[name] = name
-    if who.accelerate:
-        engine.accelerate(model)
-    slots = wish.slots or SLOTS.get(loaded.device.type, SLOTS["cpu"])
-    lanes = {BASE: _opener(loaded, model, None, slots, wish.context_tokens)}
-    lanes |= {name: _opener(loaded, model, peft, slots, wish.context_tokens) for name, peft in known.items()}
-    return _Opened(loaded, model, lanes, slots)
+    make_row = _row_maker(loaded.tokenizer, who.style, eos_token_ids(loaded.model, loaded.tokenizer))
+    longest = loaded.model.config.get_text_config().to_dict().get("max_position_embeddings")
+    context = wish.context_tokens or min(CONTEXT_TOKENS, longest or CONTEXT_TOKENS)
+    metrics = Metrics()
+    opener = Opener(loaded, adapters, BASE, accelerate=who.accelerate)
+    slots, notes = _count_slots(opener, loaded, wish, context)
+    ready = {name: opener.open(name, slots, context) for name in opener.names}
+
+    def open_lane(name: str) -> Lane:
+        """The lane that is open already; after a failure another."""
+        return ready.pop(name, None) or opener.open(name, slots, context)
+
+    scheduler = Scheduler(
+        {name: partial(open_lane, name) for name in opener.names},
+        make_row,
+        most_waiting=slots * WAITING_A_SLOT if wish.waiting is None else wish.waiting,
+        on_end=metrics.note,
+    )
+    settings = _settings(wish, opener.names, context, sampling_defaults(loaded.model))
+    size = f"{loaded.num_params / 1e6:,.0f} M parameters, {loaded.precision} on {loaded.device}"
+    sentence = f"{loaded.source}, {size}, {slots} answers together for each model"
+    return _join(settings, scheduler, loaded.tokenizer, metrics, sentence, (*loaded.notes, *notes))
 
 
-def _opener(loaded: LoadedModel, model: Any, adapter: str | None, slots: int, context: int) -> Callable[[], Lane]:
-    """Return what opens a lane with that adapter on; a model without adapters has none to switch."""
+def _count_slots(opener: Opener, loaded: LoadedModel, wish: Wish, context: int) -> tuple[int, list[str]]:
+    """How many slots each model has, and what is to be said of it."""
+    from medcot.planning import fit_answers
+    from medcot.shapes import compute_shape
 
-    def open_lane() -> Lane:
-        from medcot.engine import engine_of
-        from medcot.serve.lanes import EngineLane, PlainLane
-
-        with _switched(model, adapter):
-            if engine_of(model) is not None:
-                return EngineLane(model, slots, context + CLOSE_TOKENS)
-        return PlainLane(model, loaded.tokenizer, lambda: _switched(model, adapter))
-
-    return open_lane
-
-
-@contextlib.contextmanager
-def _switched(model: Any, adapter: str | None) -> Iterator[None]:
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):
-        yield
-    elif adapter is None:
-        with model.disable_adapter():
-            yield
+    if opener.reason is not None:
+        return 1, [f"transformers writes the answers, one after the other: the engine cannot, {opener.reason}"]
+    wanted, num_lanes = wish.slots or SLOTS.get(loaded.device.type, SLOTS["cpu"]), len(opener.names)
+    if loaded.device.type == "cuda":
+        slots = opener.fit(wanted, context)
     else:
-        model.set_adapter(adapter)
-        yield
+        shape = compute_shape(loaded.model.config, trust_remote_code=wish.who.trust_remote_code)
+        slots = max(1, fit_answers(wanted * num_lanes, shape, loaded.precision, context, loaded.device) // num_lanes)
+    if slots < wanted:
+        return slots, [f"memory has room for {slots} answers of {context:,} tokens together, not {wanted}"]
+    return slots, []
 
 
-def _settings(wish: Wish, opened: _Opened) -> Settings:
+def _open_vllm(wish: Wish, adapters: Mapping[str, Path]) -> Service:
+    from medcot.evaluate.vllm_writer import load_vllm
+    from medcot.generate import DEFAULT_TEMPERATURE, DEFAULT_TOP_P, Sampling
+    from medcot.model import load_tokenizer, read_adapter_config
+    from medcot.serve.metrics import Metrics
+    from medcot.serve.vllm_scheduler import VllmScheduler
+    from medcot.weights import find_weights
+
+    who, module = wish.who, load_vllm()
+    importlib.import_module("vllm.v1.engine.async_llm")
+    allowed: Any = {"allow_pickle": who.allow_pickle, "trust_remote_code": who.trust_remote_code}
+    weights = find_weights(who.source, revision=who.revision, config_only=True, **allowed)
+    tokenizer = load_tokenizer(who.source, revision=who.revision, **allowed)
+    longest = weights.config.get("max_position_embeddings") or CONTEXT_TOKENS
+    context = wish.context_tokens or min(CONTEXT_TOKENS, longest)
+    lora: dict[str, Any] = {}
+    if adapters:
+        ranks = [int(read_adapter_config(folder)["r"]) for folder in adapters.values()]
+        lora = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": max(ranks)}
+    metrics, slots = Metrics(), wish.slots or SLOTS["cuda"]
+    scheduler = VllmScheduler(
+        module,
+        who.source,
+        {**adapters, BASE: None},
+        _row_maker(tokenizer, who.style, {int(tokenizer.eos_token_id)}),
+        most_running=slots,
+        most_waiting=slots * WAITING_A_SLOT if wish.waiting is None else wish.waiting,
+        on_end=metrics.note,
+        revision=weights.commit,
+        max_model_len=context,
+        trust_remote_code=who.trust_remote_code,
+        **lora,
+    )
+    settings = _settings(wish, (*adapters, BASE), context, Sampling(DEFAULT_TEMPERATURE, DEFAULT_TOP_P))
+    sentence = f"{who.source}, by vLLM {module.__version__}, {slots} answers together"
+    return _join(settings, scheduler, tokenizer, metrics, sentence, ())
+
+
+def _settings(wish: Wish, models: tuple[str, ...], context: int, own: Sampling) -> Settings:
+    from medcot.generate import Sampling
     from medcot.serve.app import Settings
 
-    own = sampling_defaults(opened.loaded.model)
     return Settings(
-        models=opened.names,
+        models=models,
         style=wish.who.style,
-        context_tokens=wish.context_tokens,
+        context_tokens=context,
         max_tokens=wish.max_tokens,
         think_tokens=wish.think_tokens,
         sampling=Sampling(
@@ -293,62 +311,40 @@ def _settings(wish: Wish, opened: _Opened) -> Settings:
     )
 
 
-def _import_server() -> Any:
-    try:
-        import prometheus_client  # noqa: F401 - metrics.py needs it; missed here, with the others
-        import starlette  # noqa: F401 - as above
-        import uvicorn
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{error.name} is not installed",
-            "Serving needs Starlette, uvicorn and prometheus-client",
-            "Run: pip install -c constraints.txt '.[serve]'",
-        ) from None
-    return uvicorn
+def _row_maker(tokenizer: PreTrainedTokenizerBase, style: Style, eos_ids: set[int]) -> MakeRow:
+    from medcot.serve.rows import Row
+
+    frame = frame_of(style, tokenizer)  # a style that the tokenizer has no frame for is missed now
+    return lambda job: Row(job, tokenizer, frame, eos_ids)
 
 
-def _listen(wish: Wish) -> Any:
-    import socket
+def _join(
+    settings: Settings,
+    scheduler: Scheduler | VllmScheduler,
+    tokenizer: PreTrainedTokenizerBase,
+    metrics: Metrics,
+    sentence: str,
+    notes: tuple[str, ...],
+) -> Service:
+    from medcot.serve.app import build_app
 
-    family = socket.AF_INET6 if ":" in wish.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((wish.host, wish.port))
-    except OSError as error:
-        listener.close()
-        raise OutputError(
-            f"{wish.host}:{wish.port} cannot be listened on: {error.strerror}",
-            "An address of this machine, and a port that nobody has",
-            "Name another with --port, or 0 for any",
-        ) from None
-    listener.listen(512)
-    return listener
+    metrics.watch(scheduler)
+    return Service(build_app(settings, scheduler, tokenizer, metrics), scheduler, settings, sentence, notes)
 
 
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+def _announce(screen: Any, settings: Settings, listener: socket.socket) -> None:
+    """Say where it is, who can be asked, and how."""
+    from medcot.serve.server import address_of
 
-
-def _announce(screen: Any, address: str, settings: Settings) -> None:
-    from medcot.report.page import INTENDED_USE
-
-    screen.note(f"serving {', '.join(settings.models)} at {address}/v1, prompt style {settings.style}")
+    address, first = address_of(listener), settings.models[0]
+    names = ", ".join(settings.models)
+    budget = "no limit" if settings.think_tokens is None else f"at most {settings.think_tokens:,} tokens"
+    screen.note(f"{address}/v1 serves {names}" + (f"; {first} where none is named" if "," in names else ""))
+    room = f"up to {settings.context_tokens:,} tokens with the answer"
+    screen.note(f"prompts in style {settings.style}, {room}; thinking: {budget}")
     key = ' -H "Authorization: Bearer $MEDCOT_API_KEY"' if settings.api_key else ""
-    body = '{"messages": [{"role": "user", "content": "Why does furosemide lower potassium?"}], "stream": true}'
-    screen.note(f"try: curl -N {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
-    screen.note(f"health {address}/health, metrics {address}/metrics; Ctrl-C stops")
+    question = "Why does furosemide lower potassium?"
+    body = f'{{"model": "{first}", "stream": true, "messages": [{{"role": "user", "content": "{question}"}}]}}'
+    screen.note(f"try: curl -N {address}/v1/chat/completions{key} -d '{body}'")
+    screen.note(f"{address}/health, /ready, /metrics; Ctrl-C stops")
     screen.note(INTENDED_USE)
-
-
-@contextlib.contextmanager
-def _quiet_signals() -> Iterator[None]:
-    """Let a stop by signal be an end like any other: uvicorn, done draining, raises the signal again."""
-    known = {}
-    for name in (signal.SIGTERM, signal.SIGINT):
-        known[name] = signal.signal(name, lambda *_: logging.getLogger("medcot.serve").debug("stopping"))
-    try:
-        yield
-    finally:
-        for name, handler in known.items():
-            signal.signal(name, handler)

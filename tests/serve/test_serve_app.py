@@ -289,7 +289,8 @@ def test_whatever_is_sent_the_server_does_not_break(
     body = dict(fields)
     if good:
         body = {"messages": [{"role": "user", "content": question}], "prompt": question, "max_tokens": 2} | body
-    body["max_tokens"] = body["max_tokens"] if body.get("max_tokens") in (0, "x", None) else 2
+    if isinstance(body.get("max_tokens"), int | float):
+        body["max_tokens"] = min(body["max_tokens"], 2)
     reply = httpx.post(f"{server.url}/v1/{path}", content=json.dumps(body), timeout=60)
     assert reply.status_code < 500 and "Traceback" not in reply.text
     if reply.status_code >= 400:

@@ -4,30 +4,33 @@ Starlette and not FastAPI: bodies are read by hand, since what goes wrong while 
 error JSON whatever it is (a nesting too deep for the parser, half a surrogate pair, a body too long), and never as a
 500. Nothing that a client sends is put into a message without being cut and escaped.
 
-What is bounded: the body's bytes, tokens, answers to one request, time, and how many wait. A client that goes away is
-noticed, and its slot is given to somebody else. Without an API key the server answers only requests that name it by a
-loopback name and do not come from another site's page: a web page can have its own name resolve to 127.0.0.1, and the
-browser's rules would then let it in.
+A conversation is one question. The runs behind this server were trained on single questions, and their prompts begin
+no other turn: a history or a system message would be something the model never saw, so it is refused in words instead
+of dropped.
+
+What is bounded: the body's bytes (``gate.py``), tokens, answers to one request, time, and how many wait. A client that
+goes away is noticed, and its slot is given to somebody else.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
+import logging
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pydantic import ValidationError
 from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from medcot.errors import DataError
 from medcot.generate import Sampling
-from medcot.prompt import Style, encode_prompt
+from medcot.prompt import Style, count_most_bytes, encode_prompt
+from medcot.serve.gate import Gate, explain, reply
 from medcot.serve.jobs import Job
 from medcot.serve.protocol import BadRequest, ChatRequest, CompletionRequest, Message, error_body, now
 from medcot.serve.replies import Answers, ChatForm, CompletionForm, Form, cancel_when_gone, collect, stream
@@ -35,19 +38,46 @@ from medcot.serve.scheduler import Draining, Overloaded
 
 if TYPE_CHECKING:
     from starlette.requests import Request
-    from starlette.types import ASGIApp, Receive, Scope, Send
-    from starlette.types import Message as Event
+    from starlette.types import ASGIApp
     from transformers import PreTrainedTokenizerBase
 
     from medcot.serve.metrics import Metrics
-    from medcot.serve.scheduler import Scheduler
 
-RETRY_S = 5  # what those who are turned away are told to wait
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-OPEN_PATHS = frozenset({"/health", "/ready"})  # for whoever watches over the process
+# Colder draws are the likeliest token in all but name, and a float32 overflows on the way; the same of a nucleus.
+COLDEST, NARROWEST = 1e-4, 1e-6
 _SHOWN = 60  # characters of what a client sent
+_MOST_NAMES = 32  # fields without a meaning that are told once each
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_log = logging.getLogger("medcot.serve")
 
 _Body = TypeVar("_Body", ChatRequest, CompletionRequest)
+
+
+class Writes(Protocol):
+    """What writes the answers: a ``Scheduler``, or vLLM behind the same words."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs without a slot."""
+
+    @property
+    def num_running(self) -> int:
+        """Jobs with one."""
+
+    @property
+    def num_slots(self) -> int:
+        """Jobs that may have one."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether jobs that were taken are being written."""
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether no more jobs are taken."""
+
+    def submit(self, job: Job) -> None:
+        """Take a job; raises ``Overloaded`` or ``Draining``."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +107,9 @@ class Settings:
     api_key: str | None = None
 
 
-def build_app(
-    settings: Settings, scheduler: Scheduler, tokenizer: PreTrainedTokenizerBase, metrics: Metrics
-) -> ASGIApp:
-    """Return the application; the scheduler is started and stopped by whoever runs it."""
-    api = _Api(settings, scheduler, tokenizer, metrics)
+def build_app(settings: Settings, writer: Writes, tokenizer: PreTrainedTokenizerBase, metrics: Metrics) -> ASGIApp:
+    """Return the application; what writes is started and stopped by whoever runs it."""
+    api = _Api(settings, writer, tokenizer, metrics)
     routes = [
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.complete, methods=["POST"]),
@@ -94,88 +122,45 @@ def build_app(
 
     async def not_there(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
-        return _reply(error_body(f"{request.method} {_shown(request.url.path)} is not served here"), status)
+        message = f"{_shown(request.method)} {_shown(request.url.path)} is not served here"
+        return reply(error_body(message), status, getattr(error, "headers", None))
 
-    app = Starlette(routes=routes, exception_handlers={404: not_there, 405: not_there, BadRequest: _explain})
-    return _Gate(app, settings, metrics)
+    async def refused(_: Request, error: Exception) -> Response:
+        assert isinstance(error, BadRequest)
+        return explain(error)
 
+    async def failed(_: Request, __: Exception) -> Response:
+        return explain(BadRequest("The server failed; its log says why", 500))
 
-async def _explain(_: Request, error: Exception) -> Response:
-    assert isinstance(error, BadRequest)
-    kind = {429: "rate_limit_error", 503: "overloaded_error", 500: "server_error", 504: "timeout_error"}
-    body = error_body(str(error), kind.get(error.status, "invalid_request_error"), error.param)
-    return _reply(body, error.status, {"Retry-After": str(RETRY_S)} if error.status in (429, 503) else None)
-
-
-def _reply(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    # Escapes keep it ASCII: a lone surrogate in what a client sent has no UTF-8.
-    return Response(json.dumps(body), status, headers, media_type="application/json")
+    handlers: Any = {404: not_there, 405: not_there, BadRequest: refused, Exception: failed}
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    return Gate(app, metrics, api_key=settings.api_key, body_bytes=settings.body_bytes)
 
 
 def _shown(text: str) -> str:
-    return repr(text[:_SHOWN] + ("…" if len(text) > _SHOWN else ""))
-
-
-class _Gate:
-    """Who may come in, and how much they may bring; counts every request."""
-
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
-        self._app, self._settings, self._metrics = app, settings, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        refused = self._refuse(scope)
-        known = scope["path"].startswith("/v1/") or scope["path"] in OPEN_PATHS | {"/metrics"}
-        path = scope["path"] if known and len(scope["path"]) < 30 else "other"
-
-        async def counted(event: Event) -> None:
-            if event["type"] == "http.response.start":
-                self._metrics.requests.labels(path, str(event["status"])).inc()
-            await send(event)
-
-        if refused is not None:
-            await (await _explain(None, refused))(scope, receive, counted)  # type: ignore[arg-type]
-            return
-        await self._app(scope, receive, counted)
-
-    def _refuse(self, scope: Scope) -> BadRequest | None:
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > self._settings.body_bytes:
-            return BadRequest(f"A request has at most {self._settings.body_bytes:,} bytes", 413)
-        key = self._settings.api_key
-        if key is None:
-            host = urlsplit(f"//{headers.get('host', '')}").hostname
-            origin = headers.get("origin")
-            if host not in LOOPBACK or (origin is not None and urlsplit(origin).hostname not in LOOPBACK):
-                return BadRequest("This server answers to 127.0.0.1 and localhost, and to no other site's pages", 403)
-            return None
-        shown = headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if scope["path"] in OPEN_PATHS or hmac.compare_digest(shown.encode("latin-1"), key.encode()):
-            return None
-        return BadRequest("The API key is missing or wrong: send it as 'Authorization: Bearer KEY'", 401)
+    return ascii(text[:_SHOWN] + ("..." if len(text) > _SHOWN else ""))
 
 
 class _Api:
     """The routes."""
 
     def __init__(
-        self, settings: Settings, scheduler: Scheduler, tokenizer: PreTrainedTokenizerBase, metrics: Metrics
+        self, settings: Settings, writer: Writes, tokenizer: PreTrainedTokenizerBase, metrics: Metrics
     ) -> None:
-        self._settings, self._scheduler, self._tokenizer, self._metrics = settings, scheduler, tokenizer, metrics
+        self._settings, self._writer, self._tokenizer, self._metrics = settings, writer, tokenizer, metrics
         self._started = now()
+        self._most_bytes = count_most_bytes(tokenizer)
+        self._told = set[str]()
 
     async def health(self, _: Request) -> Response:
         """Whether answers are being written."""
-        alive = self._scheduler.is_alive
-        return _reply({"status": "ok" if alive else "down"}, 200 if alive else 503)
+        alive = self._writer.is_alive
+        return reply({"status": "ok" if alive else "down"}, 200 if alive else 503)
 
     async def ready(self, _: Request) -> Response:
-        """As ``health``: models are loaded before the server listens."""
-        return await self.health(_)
+        """Whether more is taken; models are loaded before the server listens."""
+        ready = self._writer.is_alive and not self._writer.is_draining
+        return reply({"status": "ready" if ready else "stopping"}, 200 if ready else 503)
 
     async def show_metrics(self, _: Request) -> Response:
         """Everything, in Prometheus's text format."""
@@ -183,11 +168,11 @@ class _Api:
 
     async def list_models(self, _: Request) -> Response:
         """All names."""
-        return _reply({"object": "list", "data": [self._describe(name) for name in self._settings.models]})
+        return reply({"object": "list", "data": [self._describe(name) for name in self._settings.models]})
 
     async def show_model(self, request: Request) -> Response:
         """One name."""
-        return _reply(self._describe(self._find_model(request.path_params["name"])))
+        return reply(self._describe(self._find_model(request.path_params["name"])))
 
     def _describe(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._started, "owned_by": "medcot"}
@@ -203,26 +188,40 @@ class _Api:
     async def chat(self, request: Request) -> Response:
         """``POST /v1/chat/completions``."""
         body = await self._read(request, ChatRequest)
-        prompt_ids = self._encode_question(body.messages)
-        think = self._settings.think_tokens if body.thinking_budget is None else body.thinking_budget
+        question = _only_question(body.messages)
+        self._check_length(question, "messages")
+        try:
+            # In a thread: a megabyte takes seconds, and others are to be answered meanwhile.
+            prompt_ids = await asyncio.to_thread(encode_prompt, question, self._settings.style, self._tokenizer)
+        except DataError as error:
+            raise BadRequest(ascii_only(str(error)), 400, "messages") from None
+        think = self._settings.think_tokens if body.budget is None else body.budget
         answers = self._submit(body, prompt_ids, splits=True, think_tokens=think)
-        return await self._respond(request, body, answers, ChatForm(self._model_of(body)))
+        return await self._respond(request, body, answers, ChatForm(self._find_model(body.model)))
 
     async def complete(self, request: Request) -> Response:
         """``POST /v1/completions``."""
         body = await self._read(request, CompletionRequest)
-        try:
-            body.prompt.encode()
-        except UnicodeEncodeError:
-            raise BadRequest(
-                "'prompt' holds half a surrogate pair; text must be valid Unicode", 400, "prompt"
-            ) from None
-        prompt_ids = self._tokenizer(body.prompt, verbose=False)["input_ids"]
+        self._check_length(body.prompt, "prompt")
+        prompt_ids = await asyncio.to_thread(self._encode_plain, body.prompt)
         answers = self._submit(body, prompt_ids, splits=False, think_tokens=None)
-        return await self._respond(request, body, answers, CompletionForm(self._model_of(body)))
+        return await self._respond(request, body, answers, CompletionForm(self._find_model(body.model)))
 
-    def _model_of(self, body: ChatRequest | CompletionRequest) -> str:
-        return self._find_model(body.model)
+    def _encode_plain(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
+        return ids
+
+    def _check_length(self, text: str, param: str) -> None:
+        """Refuse what is no Unicode, and what is too long however it is cut into tokens."""
+        try:
+            num_bytes = len(text.encode())
+        except UnicodeEncodeError:
+            raise BadRequest("The text holds half a surrogate pair; it must be valid Unicode", 400, param) from None
+        most = self._settings.context_tokens
+        if self._most_bytes is not None and num_bytes > self._most_bytes * most:
+            raise BadRequest(
+                f"The prompt is longer than the {most:,} tokens that it may have with its answer", 400, param
+            )
 
     async def _read(self, request: Request, kind: type[_Body]) -> _Body:
         """Return the body as asked for.
@@ -231,51 +230,43 @@ class _Api:
             BadRequest: whatever is wrong with it.
         """
         raw = bytearray()
-        async for piece in request.stream():
-            raw += piece
-            if len(raw) > self._settings.body_bytes:
-                raise BadRequest(f"A request has at most {self._settings.body_bytes:,} bytes", 413)
         try:
+            async for piece in request.stream():
+                raw += piece
+                if len(raw) > self._settings.body_bytes:
+                    raise BadRequest(f"A request has at most {self._settings.body_bytes:,} bytes", 413)
             values = json.loads(raw)
+        except ClientDisconnect:
+            raise BadRequest("The body did not come whole") from None
         except (ValueError, RecursionError) as error:
-            raise BadRequest(f"The body is not JSON: {str(error)[:_SHOWN]}") from None
+            raise BadRequest(f"The body is not JSON: {ascii_only(str(error)[:_SHOWN])}") from None
         if not isinstance(values, dict):
             raise BadRequest("The body is not a JSON object")
         try:
-            return kind.model_validate(values)
+            body = kind.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part)[:_SHOWN] for part in first["loc"][:6])
-            message = first["msg"].removeprefix("Value error, ")
+            first = error.errors(include_input=False, include_url=False)[0]
+            where = ".".join(ascii_only(str(part)[:_SHOWN]) for part in first["loc"][:6])
+            message = ascii_only(first["msg"].removeprefix("Value error, "))
             raise BadRequest(f"{where}: {message}" if where else message, 400, where or None) from None
+        self._tell_unknown(set(values) - set(kind.model_fields))
+        return body
 
-    def _encode_question(self, messages: list[Message]) -> list[int]:
-        if [message.role for message in messages] != ["user"]:
-            raise BadRequest(
-                "This model was trained on single questions: send one message, of role 'user' "
-                f"(these are: {', '.join(message.role for message in messages[:8])})",
-                400,
-                "messages",
-            )
-        try:
-            return encode_prompt(messages[0].text, self._settings.style, self._tokenizer)
-        except DataError as error:
-            raise BadRequest(str(error), 400, "messages") from None
+    def _tell_unknown(self, names: set[str]) -> None:
+        """Say once of each field that nobody knows that it was passed over."""
+        for name in sorted(names - self._told)[: _MOST_NAMES - len(self._told)]:
+            self._told.add(name)
+            _log.warning("A request holds %s, which means nothing here; it is passed over", _shown(name))
 
     def _submit(
         self, body: ChatRequest | CompletionRequest, prompt_ids: list[int], *, splits: bool, think_tokens: int | None
     ) -> Answers:
         """Hand the jobs of a request over, one for each answer; all of them or none."""
-        settings, model = self._settings, self._model_of(body)
+        settings, model = self._settings, self._find_model(body.model)
         room = settings.context_tokens - len(prompt_ids)
         if not prompt_ids or room < 1:
             most = settings.context_tokens
             raise BadRequest(f"The prompt has {len(prompt_ids):,} tokens; with its answer it may have {most:,}")
-        default = settings.sampling
-        sampling = Sampling(
-            default.temperature if body.temperature is None else body.temperature,
-            default.top_p if body.top_p is None else body.top_p,
-        )
         seed = secrets.randbits(62) if body.seed is None else body.seed % 2**63
         answers = Answers(body.n or 1)
         for index in range(answers.num):
@@ -283,7 +274,7 @@ class _Api:
                 model=model,
                 prompt_ids=prompt_ids,
                 max_tokens=min(room, body.most_tokens or settings.max_tokens),
-                sampling=sampling,
+                sampling=_choose_sampling(body, settings.sampling),
                 seed=(seed + index) % 2**63,
                 splits=splits,
                 tell=answers.listener(index),
@@ -293,7 +284,7 @@ class _Api:
             )
             answers.jobs.append(job)
             try:
-                self._scheduler.submit(job)
+                self._writer.submit(job)
             except (Overloaded, Draining) as error:
                 answers.cancel()
                 full = isinstance(error, Overloaded)
@@ -305,11 +296,36 @@ class _Api:
         self, request: Request, body: ChatRequest | CompletionRequest, answers: Answers, form: Form
     ) -> Response:
         if body.stream:
-            return StreamingResponse(stream(answers, form, usage=body.wants_usage), media_type="text/event-stream")
+            events = stream(answers, form, usage=body.wants_usage)
+            return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
         watcher = asyncio.create_task(cancel_when_gone(request.receive, answers))
         try:
             texts, ends = await collect(answers)
         finally:
             watcher.cancel()
             answers.cancel()  # what is not done by now is nobody's
-        return _reply(form.whole(texts, ends))
+        return reply(form.whole(texts, ends))
+
+
+def ascii_only(text: str) -> str:
+    """Return a text with all else escaped, so that it can be shown anywhere."""
+    return text.encode("ascii", "backslashreplace").decode()
+
+
+def _only_question(messages: list[Message]) -> str:
+    roles = [message.role for message in messages]
+    if roles != ["user"]:
+        raise BadRequest(
+            "This model answers single questions, as it was trained: send one message, of role 'user' "
+            f"(these are: {', '.join(roles[:8])})",
+            400,
+            "messages",
+        )
+    return messages[0].text
+
+
+def _choose_sampling(body: ChatRequest | CompletionRequest, default: Sampling) -> Sampling:
+    temperature = default.temperature if body.temperature is None else body.temperature
+    if temperature < COLDEST:
+        return Sampling(0.0, 1.0)
+    return Sampling(temperature, max(NARROWEST, default.top_p if body.top_p is None else body.top_p))

@@ -183,7 +183,7 @@ class PlainLane:
                 self._model,
                 self._tokenizer,
                 [row.ids],
-                max_new_tokens=row.job.max_tokens,
+                max_new_tokens=row.job.max_tokens - len(row.written),
                 sampling=row.job.sampling,
                 seed=row.job.seed + len(row.written),
                 batch_size=1,

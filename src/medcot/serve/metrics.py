@@ -14,8 +14,8 @@ from prometheus_client.core import GaugeMetricFamily
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from medcot.serve.app import Writes
     from medcot.serve.rows import Row
-    from medcot.serve.scheduler import Scheduler
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
@@ -40,7 +40,7 @@ class Metrics:
             "medcot_token_seconds", "Of a token, after the first.", registry=self.registry, buckets=TOKEN_SECONDS
         )
 
-    def watch(self, scheduler: Scheduler) -> None:
+    def watch(self, scheduler: Writes) -> None:
         """Tell how full a scheduler is, whenever somebody asks."""
         self.registry.register(_Fill(scheduler))
 
@@ -64,10 +64,11 @@ class Metrics:
 class _Fill:
     """Gauges that are read from a scheduler when they are asked for."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Writes) -> None:
         self._scheduler = scheduler
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """As prometheus_client asks a collector."""
+        yield GaugeMetricFamily("medcot_slots", "Answers that can be written together.", self._scheduler.num_slots)
         yield GaugeMetricFamily("medcot_running", "Answers being written.", self._scheduler.num_running)
         yield GaugeMetricFamily("medcot_waiting", "Requests without a slot.", self._scheduler.num_waiting)

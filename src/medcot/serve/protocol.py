@@ -4,9 +4,11 @@ Fields that OpenAI knows and that would change the answer in ways this server ca
 probabilities, pictures) are refused rather than passed over: an answer that is not what was asked for looks like one
 that is. Fields that nobody knows are passed over, as clients send many.
 
-Beyond OpenAI: ``thinking_budget``, the most tokens of thinking; ``reasoning_content``, as DeepSeek's API has it.
+Beyond OpenAI: ``thinking_budget`` or ``reasoning: {"max_tokens": …}``, the most tokens of thinking, as Qwen's servers
+and OpenRouter call it; ``reasoning_content``, as DeepSeek's API has it.
 
-Sources: https://platform.openai.com/docs/api-reference/chat, https://api-docs.deepseek.com/guides/reasoning_model.
+Sources: https://platform.openai.com/docs/api-reference/chat, https://api-docs.deepseek.com/guides/reasoning_model,
+https://openrouter.ai/docs/use-cases/reasoning-tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ MOST_ANSWERS, MOST_STOPS, LONGEST_STOP = 8, 4, 200
 # Fields that would be passed over in silence, and the values with which they mean nothing.
 _REFUSED: dict[str, tuple[object, ...]] = {
     "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "response_format": (None, {"type": "text"}),
     "logprobs": (None, False, 0),
@@ -60,7 +63,7 @@ class _Request(BaseModel):
     def _has_a_meaning_here(cls, values: Any) -> Any:
         if isinstance(values, dict):
             for name, harmless in _REFUSED.items():
-                if values.get(name) not in harmless:
+                if not any(values.get(name) == value for value in harmless):
                     raise ValueError(f"'{name}' is not supported by this server; leave it out")
         return values
 
@@ -96,10 +99,27 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[Part] | None = None
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _is_text(cls, content: Any) -> Any:
+        """Say in words what pydantic says of each kind that it tried."""
+        parts = content if isinstance(content, list) else []
+        if not (content is None or isinstance(content, str | list)):
+            raise ValueError("a text, or a list of parts of type 'text'")
+        if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+            raise ValueError("every part must be of type 'text': this model reads nothing else")
+        return content
+
     @property
     def text(self) -> str:
         """What it says."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+
+
+class Reasoning(BaseModel):
+    """Limits of the thinking."""
+
+    max_tokens: int | None = Field(None, ge=0)
 
 
 class ChatRequest(_Request):
@@ -108,6 +128,13 @@ class ChatRequest(_Request):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     thinking_budget: int | None = Field(None, ge=0)
+    reasoning: Reasoning | None = None
+
+    @property
+    def budget(self) -> int | None:
+        """The most tokens of thinking, under either of its names."""
+        of_reasoning = None if self.reasoning is None else self.reasoning.max_tokens
+        return of_reasoning if self.thinking_budget is None else self.thinking_budget
 
     @property
     def most_tokens(self) -> int | None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from medcot.generate import make_chances, row_seed
-from medcot.prompt import StreamSplitter, TokenText, closing_ids, count_torn
+from medcot.prompt import StreamSplitter, TokenText, answer_ids, closing_ids, count_torn
 from medcot.serve.jobs import End, Ending, Job, Text
 
 if TYPE_CHECKING:
@@ -125,7 +125,9 @@ class Row:
         torn = count_torn(self.written, self._frame)
         ids = closing_ids(self._frame, self._tokenizer)
         if torn:  # the model has begun the tag itself
-            ids = [*self._frame.close_ids[torn:], *ids[ids.index(self._frame.close_ids[-1]) + 1 :]]
+            ids = [*self._frame.close_ids[torn:], *answer_ids(self._frame, self._tokenizer, "")]
+        elif not self.written:  # no thinking at all: its block is opened as a training row opens it
+            ids = closing_ids(self._frame, self._tokenizer, before=self._frame.before_think)
         for token in ids:
             self._add(token)
         if len(self.written) >= self.job.max_tokens:
@@ -139,7 +141,9 @@ class Row:
         if ending in (Ending.STOP, Ending.LENGTH):
             for piece in self._rest():
                 self.job.tell(piece)
-        self.job.tell(End(ending, len(self.job.prompt_ids), len(self.written), self.num_think, timed_out))
+            if self._stops.found:  # in what was held back
+                self.ending = Ending.STOP
+        self.job.tell(End(self.ending, len(self.job.prompt_ids), len(self.written), self.num_think, timed_out))
 
     def _add(self, token: int) -> None:
         self.num_think += self.in_think and token not in self._eos_ids

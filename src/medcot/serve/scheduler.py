@@ -89,6 +89,14 @@ class Scheduler:
             self._stopping = True
             self._changed.notify()
 
+    def cancel_all(self) -> None:
+        """End what waits and what is being written, at its next token."""
+        with self._changed:
+            for job in [job for jobs in self._waiting.values() for job in jobs]:
+                job.cancelled.set()
+            for row in [row for lane in list(self._lanes.values()) for row in list(lane.rows.values())]:
+                row.job.cancelled.set()
+
     def join(self, seconds: float) -> bool:
         """Wait for the end after ``drain``; whether it came."""
         self._thread.join(seconds)
@@ -105,9 +113,19 @@ class Scheduler:
         return sum(len(lane.rows) for lane in list(self._lanes.values()))
 
     @property
+    def num_slots(self) -> int:
+        """Jobs that may have one, over the lanes that are open."""
+        return sum(len(lane.rows) + lane.num_free for lane in list(self._lanes.values()))
+
+    @property
     def is_alive(self) -> bool:
-        """Whether jobs are being taken and written."""
-        return self._thread.is_alive() and not self._stopping
+        """Whether jobs that were taken are being written."""
+        return self._thread.is_alive()
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether no more jobs are taken."""
+        return self._stopping
 
     def _run(self) -> None:
         while True:

@@ -160,35 +160,23 @@ def ask(
     Raises:
         MedcotError: no adapter in the folder, or the base model cannot be loaded.
     """
-    from medcot import asking, engine, prompt
-    from medcot.generate import generate
-    from medcot.model import load_adapter
+    from medcot import asking, prompt
+    from medcot.evaluate.backends import Limits
+    from medcot.evaluate.speaking import Speaker
 
     saved = Run(folder)
     recipe = load_recipe(saved.recipe)
     loaded = load_base(recipe)
-    model = loaded.model if base else load_adapter(loaded, saved.adapter)
-    if recipe.train.accelerate:
-        engine.accelerate(model)
-    splitter = prompt.StreamSplitter(loaded.tokenizer)
+    sampling = asking.choose_sampling(loaded.model, recipe.ask)
+    style, adapter = prompt.Style(recipe.prompt.style), None if base else saved.adapter
+    speaker = Speaker(loaded, style, adapter=adapter, accelerate=recipe.train.accelerate)
     pieces: list[str] = []
 
-    def emit(found: Sequence[Any]) -> None:
-        for piece in found:
-            pieces.append(piece.text)
-            on_text(piece.text, piece.in_think)
+    def emit(piece: str, in_think: bool) -> None:
+        pieces.append(piece)
+        on_text(piece, in_think)
 
-    generate(
-        model,
-        loaded.tokenizer,
-        [prompt.encode_prompt(question, prompt.Style(recipe.prompt.style), loaded.tokenizer)],
-        max_new_tokens=max_new_tokens,
-        sampling=asking.choose_sampling(loaded.model, recipe.ask),
-        seed=seed,
-        batch_size=1,
-        on_token=lambda _, token: emit(splitter.feed(token)),
-    )
-    emit(splitter.finish())
+    speaker.say(question, Limits(max_new_tokens, 0), sampling=sampling, seed=seed, on_text=emit)
     return "".join(pieces)
 
 

@@ -6,6 +6,7 @@ transformers, both as they came back from the Hub, and the server asked by OpenA
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,5 @@ def test_the_same_answer_everywhere(
 
 
 def choose_short(target: Path) -> Any:
-    """A model without a run, asked in the style that its run was trained in."""
-    from dataclasses import replace
-
-    return replace(choose(str(target)), style=Style.SHORT)
+    """A model without a run, asked in the style that its run was trained in, and held in full."""
+    return replace(choose(str(target)), style=Style.SHORT, precision="fp32")

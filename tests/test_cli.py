@@ -288,6 +288,16 @@ def test_log_messages_are_shown_as_notes(capsys):
     assert capsys.readouterr().out == "  fetching once\n! damaged\n"
 
 
+def test_what_a_model_writes_does_nothing_to_the_terminal():
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=80)
+    with cli._streaming(console) as on_text:
+        on_text("\x1b[2J\x1b]0;title\x07 [bold]<b>", True)
+        on_text("\x9b31m \u202e </think> [x](y)", False)
+    text = console.file.getvalue()
+    assert "\x1b[2J" not in text and not set(text) & {"\x07", "\x9b", "\u202e"} and "]0;" in text
+    assert "[bold]<b>" in text and "[x](y)" in text
+
+
 def test_grade_says_which_lines_could_not_be_graded_and_grades_the_others(tmp_path):
     path = tmp_path / "outputs.jsonl"
     path.write_text('{"output": "Final answer: B", "kind": "letter", "gold": "B"}\n{"output": 1}\n', encoding="utf-8")

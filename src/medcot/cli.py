@@ -328,12 +328,15 @@ def _streaming(console: Console) -> Iterator[Any]:
     """Yield ``on_text(piece, in_think)``, which prints pieces as they come; where nothing can be dimmed, tags tell."""
     from rich.text import Text
 
+    from medcot.report.evidence import make_visible
+
     tags = not console.is_terminal or console.no_color
     was_thinking = False
 
     def write(text: str, style: str = "") -> None:
         # soft_wrap: the terminal breaks the line, since a piece does not know in which column it begins.
-        console.print(Text(text, style=style), end="", soft_wrap=True, highlight=False)
+        # A model can write escape codes: on a terminal they would move the cursor, or worse.
+        console.print(Text(make_visible(text), style=style), end="", soft_wrap=True, highlight=False)
 
     def on_text(piece: str, in_think: bool) -> None:
         nonlocal was_thinking

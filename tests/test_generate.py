@@ -447,3 +447,19 @@ def test_each_row_is_drawn_from_its_own_logits() -> None:
 )
 def test_sampling_defaults(settings: dict[str, Any], wanted: Sampling) -> None:
     assert sampling_defaults(SimpleNamespace(generation_config=SimpleNamespace(**settings))) == wanted
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.5, 2.0, 8.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_nucleus_found_among_the_likeliest_is_that_of_the_whole_vocabulary(
+    scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flat rows, whose nucleus is wider, and 16-bit rows, full of equals, included."""
+    generator = torch.Generator().manual_seed(4)
+    logits = (torch.randn(24, 3000, generator=generator) * scale).to(dtype)
+    chances = torch.rand(24, generator=generator)
+    for top_p in (0.05, 0.9, 0.999):
+        got = draw(logits, Sampling(0.6, top_p), chances)
+        with monkeypatch.context() as patch:
+            patch.setattr("medcot.generate.LIKELIEST", logits.shape[1])
+            assert torch.equal(got, draw(logits, Sampling(0.6, top_p), chances))

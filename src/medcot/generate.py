@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 DEFAULT_TEMPERATURE = 0.6
 DEFAULT_TOP_P = 0.95
+# Tokens among which a nucleus is looked for first; of a draw at temperature 0.6 it nearly always lies there.
+LIKELIEST = 512
 # Finished rows are dropped from the cache once they are this share of it: dropping copies the cache.
 DROP_SHARE = 0.25
 
@@ -309,16 +311,38 @@ def draw(logits_BV: Tensor, sampling: Sampling, chances_B: Tensor) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits_BV.float().argmax(-1)  # on a CPU 2.5 ms for 100 rows; straight from bf16, 8.8
-    kept_BV = (logits_BV.float() / sampling.temperature).softmax(-1)
-    if sampling.top_p < 1:
-        sorted_BV, ids_BV = kept_BV.sort(stable=True, dim=-1, descending=True)
-        before_BV = sorted_BV.cumsum(-1) - sorted_BV
-        outside_BV = torch.zeros_like(before_BV, dtype=torch.bool)
-        outside_BV.scatter_(-1, ids_BV, before_BV >= sampling.top_p)
-        kept_BV = kept_BV.masked_fill_(outside_BV, 0)
-    sums_BV = kept_BV.double().cumsum_(-1)
-    goal_B1 = sums_BV[:, -1:] * chances_B[:, None].double()
-    return torch.searchsorted(sums_BV, goal_B1, right=True)[:, 0]
+    chances_BV = (logits_BV.float() / sampling.temperature).softmax(-1)
+    if sampling.top_p >= 1:
+        return _pick(chances_BV, chances_B)
+    if chances_BV.shape[1] <= LIKELIEST:
+        return _pick(_nucleus(chances_BV, sampling.top_p)[0], chances_B)
+    # Sorting a whole vocabulary takes ten times as long as finding its likeliest. By id: equals keep their order.
+    ids_BK = chances_BV.topk(LIKELIEST, sorted=False).indices.sort(-1).values
+    kept_BK, has_all_B = _nucleus(chances_BV.gather(1, ids_BK), sampling.top_p)
+    tokens_B = ids_BK.gather(1, _pick(kept_BK, chances_B)[:, None])[:, 0]
+    flat = (~has_all_B).nonzero()[:, 0]
+    if len(flat):
+        tokens_B[flat] = _pick(_nucleus(chances_BV[flat], sampling.top_p)[0], chances_B[flat])
+    return tokens_B
+
+
+def _nucleus(chances_BK: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Return the chances with 0 for all outside of the nucleus, and whether a row's nucleus ends before its least, (B).
+
+    Where it does not, a token that is not among these might have been in it.
+    """
+    sorted_BK, order_BK = chances_BK.sort(stable=True, dim=-1, descending=True)
+    outside_BK = sorted_BK.cumsum(-1) - sorted_BK >= top_p
+    has_all_B = (outside_BK | (sorted_BK > sorted_BK[:, -1:])).all(-1)
+    outside_BK = torch.zeros_like(outside_BK).scatter_(-1, order_BK, outside_BK)
+    return chances_BK.masked_fill(outside_BK, 0), has_all_B
+
+
+def _pick(chances_BK: Tensor, chances_B: Tensor) -> Tensor:
+    """The place in each row at which the sum passes the row's share of the whole, (B)."""
+    sums_BK = chances_BK.double().cumsum_(-1)
+    goal_B1 = sums_BK[:, -1:] * chances_B[:, None].double()
+    return torch.searchsorted(sums_BK, goal_B1, right=True)[:, 0]
 
 
 def _decode_plain(model: Any, job: _Job, batch_size: int) -> list[Generated]:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loopback_hub import LoopbackHub
 from medcot.exporting import export, verify
+from medcot.model import load
 from medcot.prompt import Style, encode_prompt, split_completion
 from medcot.publishing import push
 from medcot.records import Finish, Run
@@ -42,13 +43,18 @@ def answer(model: Any, tokenizer: Any) -> tuple[str, str]:
     return found.think, found.answer
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", pytest.param("embedded", marks=pytest.mark.slow)])
 def test_the_same_answer_everywhere(
     family: str, tiny_folder: Path, hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
-    base = make_base(tmp_path / "base", tiny_folder, family)
-    run = make_run(tmp_path, base)
+    if family == "embedded":
+        run = make_run(tmp_path, Path(family), "train.learning_rate=0.002")
+        plain = load(family, precision="fp32", device="cpu").model
+    else:
+        base = make_base(tmp_path / "base", tiny_folder, family)
+        run = make_run(tmp_path, base)
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     made = export(run, ["adapter", "merged-32bit", "merged-16bit", "merged-4bit", "gguf:q8_0", "ollama"], **ROOM)
     assert all(one["proof"]["passed"] for one in made.values())
     repos = {"adapter": "me/tuned", "merged-32bit": "me/tuned-merged", "gguf:q8_0": "me/tuned-gguf"}
@@ -60,7 +66,6 @@ def test_the_same_answer_everywhere(
         assert verify(path, run, **ROOM).passed, kind
 
     tokenizer = AutoTokenizer.from_pretrained(pulled["adapter"])
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     answers = {
         "base": answer(plain, tokenizer),
         "adapter": answer(PeftModel.from_pretrained(plain, pulled["adapter"]).eval(), tokenizer),

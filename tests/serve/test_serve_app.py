@@ -135,10 +135,10 @@ def test_names(server: Running) -> None:
 def test_a_client_that_goes_away_frees_its_slot(server: Running) -> None:
     for stream in (True, False):
         body = {"messages": ASKED, "max_tokens": 400, "temperature": 1.0, "stream": stream, "stop": ["no such text"]}
-        with pytest.raises((httpx.ReadTimeout, StopIteration)):
-            with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=0.3) as reply:
-                next(reply.iter_lines())
-                raise StopIteration
+        post = httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=0.3)
+        with pytest.raises((httpx.ReadTimeout, StopIteration)), post as reply:
+            next(reply.iter_lines())
+            raise StopIteration
         server.wait_until_idle(5)
 
 

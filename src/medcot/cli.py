@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medcot import __version__, cli_eval, cli_export, cli_push, cli_serve
+from medcot import __version__, cli_eval, cli_export, cli_push, cli_serve, cli_ui
 from medcot.errors import OutputError
 from medcot.terminal import LATEST, open_console, reporting
 
@@ -206,6 +206,7 @@ app.command()(cli_export.export)
 app.command()(cli_export.verify)
 app.command()(cli_push.push)
 app.command()(cli_serve.serve)
+app.command()(cli_ui.ui)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import shlex
 import signal
@@ -221,6 +222,8 @@ def main() -> None:
     table = format_table(["", f"{args.streams} streams, {seconds:.0f} s"], rows)
     told = "".join(f"\nLost: {words}" for words in tally.lost[:5])
     shown = "medcot serve embedded" if ours else shlex.join(command[-6:])
+    if "OMP_NUM_THREADS" in os.environ:
+        shown = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} {shown}"
     versions = ", ".join(f"{name} {version}" for name, version in list_versions().items())
     details = f"`{shown}`, answers of up to {MOST_TOKENS} tokens. {versions}\n\n{table}{told}"
     print(f"{describe_machine()}\n\n{details}")

@@ -24,9 +24,10 @@ def test_a_run_pushes_what_its_recipe_names(
         *hub.repos[REPOS["adapter"]]
     }
     assert {"config.json", "model.safetensors", "README.md"} <= {*hub.repos[REPOS["merged-16bit"]]}
-    assert hub.repos[REPOS["adapter"]]["adapter_model.safetensors"] == (
-        out / "adapter" / "adapter_model.safetensors"
-    ).read_bytes()
+    assert (
+        hub.repos[REPOS["adapter"]]["adapter_model.safetensors"]
+        == (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    )
     assert "Not for diagnosis" in hub.repos[REPOS["adapter"]]["README.md"].decode()
     pushes = read_facts(out)["hub"]
     assert {repo: push["kind"] for repo, push in pushes.items()} == {repo: kind for kind, repo in REPOS.items()}

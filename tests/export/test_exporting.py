@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny_tuned import export, verify
 from transformers import AutoModelForCausalLM
 
 from medcot import exporting
@@ -22,6 +21,7 @@ from medcot.export import equality, llama_cpp, making
 from medcot.export.kinds import KINDS, detect_kind, folder_of, parse_kinds
 from medcot.prompt import Style, encode_prompt
 from tiny_runs import read_facts
+from tiny_tuned import export, verify
 
 PLAIN = ["adapter", "merged-16bit", "merged-32bit", "merged-4bit"]
 Runs = Callable[[str], Path]

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_tuned import LLAMA3
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from medcot.errors import ModelError
 from medcot.export import gguf, gguf_tokenizer
 from real_tokenizers import load_r1, load_smol
+from tiny_tuned import LLAMA3
 
 
 def name_of(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_tuned import export, verify
 
 from medcot.errors import ModelError
 from medcot.export import llama_cpp
 from medcot.prompt import Style, encode_prompt
 from real_tokenizers import load_r1
+from tiny_tuned import export, verify
 
 pytest.importorskip("llama_cpp")
 Runs = Callable[[str], Path]

@@ -16,8 +16,8 @@ from medcot.report.folder import Folder
 
 # Board power in watts, from NVIDIA's data sheets; the first name that the machine's line holds counts.
 BOARD_POWER_W = {
-    "H200": 700, "H100 PCIe": 350, "H100": 700, "A100-PCIE": 250, "A100": 400, "L40S": 350, "L40": 300, "L4": 72, "A10G": 150,
-    "A10": 150, "Tesla T4": 70, "Tesla P100": 250, "Tesla V100": 300, "RTX 4090": 450, "RTX 3090": 350,
+    "H200": 700, "H100 PCIe": 350, "H100": 700, "A100-PCIE": 250, "A100": 400, "L40S": 350, "L40": 300, "L4": 72,
+    "A10G": 150, "A10": 150, "Tesla T4": 70, "Tesla P100": 250, "Tesla V100": 300, "RTX 4090": 450, "RTX 3090": 350,
     "RTX A6000": 300,
 }  # fmt: skip
 _TOLD_APART = ("contamination", "over_length")  # findings that have lines of their own

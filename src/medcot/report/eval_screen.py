@@ -259,7 +259,13 @@ def _print_controls(controls: Mapping[str, Mapping[str, Mapping[str, Found]]], s
             table.open(f"{_visible(model)} on {_visible(task)}")
             for control, found in by_control.items():
                 share: Cell = (words.percent(found["accuracy"]), "bold")
-                cells = [_name_control(control), f"{found['n']:,}", share, _range(found["ci95"]), _say_effect(control, found)]
+                cells = [
+                    _name_control(control),
+                    f"{found['n']:,}",
+                    share,
+                    _range(found["ci95"]),
+                    _say_effect(control, found),
+                ]
                 lost = [_lost(found[key]) for key in ("unparsed", "unfinished")] if screen.has_room(WIDE) else []
                 table.add(*cells, *lost)
     table.print()

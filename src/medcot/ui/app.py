@@ -127,7 +127,9 @@ def build_blocks(setting: Setting) -> Any:
             with gr.Tab("Ask", id="ask") as ask:
                 asking.build_page(setting.voice, setting.budget, setting.answer_tokens)
             with gr.Tab("Compare", id="compare") as compare:
-                comparing.build_page(setting.voice, setting.shelf, setting.run, setting.budget, setting.answer_tokens)
+                comparing.build_page(
+                    setting.voice, setting.shelf, setting.run, compare, setting.budget, setting.answer_tokens
+                )
             with gr.Tab("Runs", id="runs") as runs:
                 timer = watching.build_page(setting.shelf, setting.run)
             with gr.Tab("Data", id="data") as data:

@@ -108,12 +108,16 @@ def draw_look(look: Look) -> list[str]:
     kind, text = _say(look)
     is_open = look.state is State.WRITING
     in_think = is_open and not look.answer
-    none = "" if look.spoken is None else "No answer: the thinking was never closed."
+    none = "" if look.spoken is None else _say_why_none(look.spoken.completion.closed)
     return [
         draw("status", kind, text),
         draw("thinking", look.think, in_think),
         draw("answer", look.answer, is_open, none),
     ]
+
+
+def _say_why_none(closed: bool) -> str:
+    return "The thinking was closed, and no answer followed." if closed else "No answer: the thinking is not closed."
 
 
 def _say(look: Look) -> tuple[str, str]:

@@ -32,7 +32,7 @@ def draw_flips(shelf: Shelf, name: str | None, which: str) -> str:
     return draw("flips", groups, len(pairs), MAX_FOLDED)
 
 
-def build_page(voice: Voice | None, shelf: Shelf, name: str | None, budget: int, answer_tokens: int) -> None:
+def build_page(voice: Voice | None, shelf: Shelf, name: str | None, tab: Any, budget: int, answer_tokens: int) -> None:
     """Build the page, inside a tab; ``name`` is the run whose answers are listed first."""
     panel(describe(voice))
     _build_side_by_side(voice, budget, answer_tokens)
@@ -45,6 +45,10 @@ def build_page(voice: Voice | None, shelf: Shelf, name: str | None, budget: int,
     def on_change(chosen: str | None, kind: str) -> str:
         return draw_flips(shelf, chosen, kind)
 
+    def on_open(chosen: str | None, kind: str) -> Any:
+        return gr.Dropdown(choices=list(shelf.runs())), draw_flips(shelf, chosen, kind)
+
+    tab.select(on_open, [run, which], [run, flips], show_progress="hidden", api_visibility="private")
     for control in (run, which):
         control.change(on_change, [run, which], flips, show_progress="hidden", api_visibility="private")
 

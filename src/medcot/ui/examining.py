@@ -222,5 +222,10 @@ def build_page(shelf: Shelf, name: str | None, tab: Any, *, on_loopback: bool) -
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     gr.on([look.click, named.submit], on_look, [named, recipe], [source, findings, row], **quiet)
     run.change(on_choose, run, [source, findings, row, number], **quiet)
-    gr.on([number.change, tab.select], lambda which, picked: draw_row(shelf, picked, which), [number, source], row,
-          **quiet)  # fmt: skip
+
+    def on_open(which: float | None, picked: Source) -> Any:
+        found = draw_run_findings(shelf, picked.run) if picked.run else gr.skip()
+        return gr.Dropdown(choices=list(shelf.runs())), found, draw_row(shelf, picked, which)
+
+    number.change(lambda which, picked: draw_row(shelf, picked, which), [number, source], row, **quiet)
+    tab.select(on_open, [number, source], [run, findings, row], **quiet)

@@ -75,6 +75,8 @@ def serve(
         if style is not None:
             if style not in list(Style):
                 raise RecipeError(f"--style {style}", f"It is one of {', '.join(Style)}", did_you_mean(style, Style))
+            if who.source != target:
+                raise RecipeError("--style with a run", "A run is asked in the style it learned", "Leave it out")
             who = replace(who, style=Style(style))
         if precision is not None:
             if precision not in list(Precision):

@@ -240,6 +240,11 @@ class Decoder:
         self.lengths[:num_rows] = [min(length + 1, slots - 1) for length in lengths]
         return self.engine.logits(norm(self.engine.causal_lm.model.norm, hidden_BD))
 
+    def rest(self, places: Sequence[int]) -> None:
+        """Count these slots as empty; a step of an ended row would else go on as far back as it had come."""
+        for place in places:
+            self.lengths[place] = 0
+
     def keep(self, places: Sequence[int]) -> None:
         """Go on with these rows only, in this order."""
         places_R = torch.tensor(places, device=self.device)

@@ -315,6 +315,10 @@ class Stepper:
         self._decoder.replay()
         return self._steps.step_logits_BV[: len(ids_B)]
 
+    def rest(self, places: Sequence[int]) -> None:
+        """Count these slots as empty: attention then reads nothing of theirs."""
+        self._steps.state.lengths_B[send(torch.tensor(places, dtype=torch.long), self.device)] = 0
+
 
 def _thin_products(layer: BoundLayer, dtype: torch.dtype) -> list[AnyProduct]:
     return [

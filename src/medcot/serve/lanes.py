@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from medcot.engine import engine_of
+from medcot.engine.attention import round_up
 from medcot.engine.decoding import Decoder, fit_slots, has_graphs
 from medcot.engine.slots import split_to_read
 from medcot.generate import Sampling, draw, generate
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from medcot.serve.rows import Row
+
+
+# Steps are of a multiple of so many slots: a CPU's library compiles its products anew for every number, and keeps them.
+WIDTH_STEP = 8
 
 
 class Lane(Protocol):
@@ -99,7 +104,9 @@ class EngineLane:
         self._leave()
         self._read([place for place in closing if place in self.rows])
         if self.rows:
-            width = max(self.rows) + 1
+            width = min(round_up(max(self.rows) + 1, WIDTH_STEP), len(self._next))
+            if resting := [place for place in self._free if place < width]:
+                self._decoder.rest(resting)
             logits_BV = self._decoder.step(torch.tensor(self._next[:width], device=self._decoder.device))
             self._take(sorted(self.rows), logits_BV)
             self._leave()

@@ -100,3 +100,24 @@ def test_a_row_ends_once(embedded: LoadedModel) -> None:
     write(row, "one two", embedded)
     row.end(Ending.CANCELLED)
     assert [event.ending for event in told if isinstance(event, End)] == [Ending.LENGTH]
+
+
+def test_no_piece_holds_half_a_character(embedded: LoadedModel) -> None:
+    text = "so é 漢字 😀 and 👩‍⚕️</think>Größe: 5 µg 🩺"
+    tokens = tokenise(text, embedded.tokenizer)[0]
+    assert len(tokens) > len(text.split()) + 8, "characters of several tokens"
+    row, told = make_row(embedded)
+    for token in tokens:
+        row.take(token)
+    row.take(embedded.tokenizer.eos_token_id)
+    think, _, answer = text.partition("</think>")
+    assert (said(told, in_think=True), said(told, in_think=False)) == (think, answer)
+    assert all("\N{REPLACEMENT CHARACTER}" not in event.text for event in told if isinstance(event, Text))
+
+
+def test_a_stop_string_in_what_is_held_back_still_stops(embedded: LoadedModel) -> None:
+    row, told = make_row(embedded, splits=False, stop=("\N{REPLACEMENT CHARACTER}",), max_tokens=2)
+    first = tokenise("😀", embedded.tokenizer)[0][0]  # a quarter of a character, shown as such at the end
+    row.take(tokenise("a", embedded.tokenizer)[0][0])
+    row.take(first)
+    assert row.ending is Ending.STOP and told[-1].ending is Ending.STOP

@@ -376,9 +376,9 @@ def test_a_hostile_run_is_text(page, runs):
                      "Framing 'http://evil.invalid/'"]  # fmt: skip
     _open(page, "Compare")
     _choose(page, "#flips-run", name)
+    page.wait_for_function("document.querySelector('#flips').textContent.includes('img src')")
     for summary in page.locator("#flips .item > summary").all():
         summary.click()
-    page.wait_for_function("document.querySelector('#flips .gold')?.innerText.includes('img')")
     for summary in page.locator("#flips .think > summary").all():
         summary.click()
     _check_inert(page, "#flips")

@@ -48,9 +48,12 @@ def build_page(voice: Voice | None, shelf: Shelf, name: str | None, tab: Any, bu
     def on_open(chosen: str | None, kind: str) -> Any:
         return gr.Dropdown(choices=list(shelf.runs())), draw_flips(shelf, chosen, kind)
 
-    tab.select(on_open, [run, which], [run, flips], show_progress="hidden", api_visibility="private")
+    # One at a time and in order, else what was drawn for the choice before could come last.
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    quiet |= {"concurrency_limit": 1, "concurrency_id": "flips"}
+    tab.select(on_open, [run, which], [run, flips], **quiet)
     for control in (run, which):
-        control.change(on_change, [run, which], flips, show_progress="hidden", api_visibility="private")
+        control.change(on_change, [run, which], flips, **quiet)
 
 
 def _build_side_by_side(voice: Voice | None, budget: int, answer_tokens: int) -> None:

@@ -221,6 +221,8 @@ def build_page(shelf: Shelf, name: str | None, tab: Any, *, on_loopback: bool) -
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     gr.on([look.click, named.submit], on_look, [named, recipe], [source, findings, row], **quiet)
+    # One at a time and in order, else what was drawn for the choice before could come last.
+    quiet |= {"concurrency_limit": 1, "concurrency_id": "rows"}
     run.change(on_choose, run, [source, findings, row, number], **quiet)
 
     def on_open(which: float | None, picked: Source) -> Any:

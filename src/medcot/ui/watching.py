@@ -131,14 +131,17 @@ def build_page(shelf: Shelf, name: str | None) -> gr.Timer:
         if now == last:
             return gr.skip(), gr.skip(), gr.skip(), gr.skip()
         names = list(shelf.runs())
-        value = chosen if chosen in names else next(iter(names), None)
-        choices = gr.Dropdown(choices=names, value=value)
+        # A value is set only where there is none: by now somebody may have chosen another.
+        more: dict[str, Any] = {} if chosen in names else {"value": next(iter(names), None)}
+        choices = gr.Dropdown(choices=names, **more)
         return draw("shelf", build_lines(shelf)), choices, draw_run(shelf, chosen), now
 
     def on_choose(chosen: str | None) -> Any:
         return draw_run(shelf, chosen), draw("hint", ""), take_stamp(shelf, chosen)
 
+    # One at a time and in order, else what was drawn for the choice before could come last.
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    quiet |= {"concurrency_limit": 1, "concurrency_id": "runs"}
     timer.tick(on_tick, [run, seen], [table, run, detail, seen], **quiet)
     run.change(on_choose, run, [detail, report, seen], **quiet)
     show.click(lambda chosen: draw_report(shelf, chosen), run, report, **quiet)

@@ -31,8 +31,8 @@ run: setup ## Set up, then run the whole job: ask, fine-tune, ask again, save, r
 	$(BIN)/medcot run $(ARGS)
 
 test: setup-test ## Set up, then check style and types and run the tests
-	$(BIN)/ruff check src tests bench
-	$(BIN)/ruff format --check src tests bench
+	$(BIN)/ruff check src tests bench docs notebooks/*.py
+	$(BIN)/ruff format --check src tests bench docs notebooks/*.py
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -130,6 +131,25 @@ def test_names(server: Running) -> None:
     assert server.client().models.retrieve("base").id == "base"
     with pytest.raises(openai.NotFoundError, match="There is no model 'gpt' here; there are tuned, base"):
         ask(server, model="gpt")
+
+
+def test_further_adapters_by_name_over_one_base(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other") / "adapter"
+    shutil.copytree(run_folder / "adapter", other)
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 8 * config["lora_alpha"]}))
+    wish = Wish(choose(str(run_folder)), {"strong": str(other)}, slots=2, context_tokens=512, temperature=0)
+    with running(wish) as three:
+        names = ["tuned", "strong", "base"]
+        assert [model.id for model in three.client().models.list()] == names
+        with ThreadPoolExecutor(6) as pool:
+            together = list(pool.map(lambda name: ask(three, model=name).choices[0].message, names * 2))
+        alone = [ask(three, model=name).choices[0].message for name in names]
+        assert together == alone * 2, "who else is asked changes nothing"
+        assert len({(message.reasoning_content, message.content) for message in alone}) == 3
+        lanes = three.service.scheduler._lanes.values()
+        tables = {lane._decoder.layers[0].qkv.weight.dense().data_ptr() for lane in lanes}
+        assert len(tables) == 1, "one set of base weights"
 
 
 def test_a_client_that_goes_away_frees_its_slot(server: Running) -> None:

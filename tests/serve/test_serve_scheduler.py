@@ -19,7 +19,8 @@ class Letters:
     """A row that is written a letter at a time."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.written, self.ending = job, list[str](), None
+        self.job, self.written = job, list[str]()
+        self.ending: Ending | None = None
 
     @property
     def ended(self) -> bool:
@@ -76,8 +77,8 @@ def make(**settings: Any) -> SimpleNamespace:
     return SimpleNamespace(scheduler=scheduler, lane=lane, turns=turns, opened=opened, ended=ended)
 
 
-def job(num: int = 3, **more: Any) -> tuple[Job, list[Text | End], threading.Event]:
-    told: list[Text | End] = []
+def job(num: int = 3, **more: Any) -> tuple[Job, list[Any], threading.Event]:
+    told: list[Any] = []
     over = threading.Event()
 
     def tell(event: Text | End) -> None:

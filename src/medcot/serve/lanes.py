@@ -76,6 +76,8 @@ class EngineLane:
             self._decoder = Stepper(engine, num_slots, row_tokens)
         else:
             self._decoder = Decoder(engine, num_slots, row_tokens)
+            for cache in (*self._decoder.keys, *self._decoder.values):
+                cache.zero_()  # taken from the system now, and not bit by bit while answers are written
         self.rows: dict[int, Row] = {}
         self._free = list(range(num_slots))
         self._next = [0] * num_slots  # each slot's last token, which the next step reads

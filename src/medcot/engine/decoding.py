@@ -23,9 +23,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from medcot.engine.attention import attention, build_layout, round_up
+from medcot.engine.attention import SHAPE_STEP, attention, build_layout, round_up
 from medcot.engine.devices import has_triton, send
 from medcot.engine.pointwise import rms_norm, rotary_, swiglu
 from medcot.engine.products import RESERVE_BYTES, Product, free_bytes
@@ -118,16 +119,20 @@ def read_prompts(
             and value heads (T, G, C).
     """
     device, lengths = engine.causal_lm.device, [len(prompt) for prompt in prompts]
+    num_tokens = sum(lengths)
+    # As in training, filler lengthens the last prompt at its end, where causal attention hides it from the real tokens.
+    filler = -num_tokens % SHAPE_STEP if device.type == "cpu" else 0
+    filled = [*lengths[:-1], lengths[-1] + filler]
     # Sent without waiting: between the steps of other rows the host must not stop for the device.
-    ids_T = send(torch.tensor([token for prompt in prompts for token in prompt]), device)
-    positions_T = send(torch.cat([torch.arange(length) for length in lengths]), device)
+    ids_T = send(F.pad(torch.tensor([token for prompt in prompts for token in prompt]), (0, filler)), device)
+    positions_T = send(torch.cat([torch.arange(length) for length in filled]), device)
     rows_T = send(torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)), device)
-    layout = build_layout(lengths, device)
+    layout = build_layout(filled, device)
     hidden_TD, cos_TC, sin_TC = engine.embed(ids_T, positions_T)
     for index, layer in enumerate(layers):
         fused_TNC = layer.heads(hidden_TD, cos_TC, sin_TC)
         _, keys_TGC, values_TGC = layer.split(fused_TNC)
-        store(index, rows_T, positions_T, keys_TGC, values_TGC)
+        store(index, rows_T, positions_T[:num_tokens], keys_TGC[:num_tokens], values_TGC[:num_tokens])
         hidden_TD = layer.finish(hidden_TD, attention(fused_TNC, layout, layer.num_kv, layer.window))
     last_R = send(torch.tensor(lengths).cumsum(0) - 1, device)
     return norm(engine.causal_lm.model.norm, hidden_TD[last_R])

@@ -278,9 +278,17 @@ def test_a_full_account_is_told_from_a_missing_right(
 
 def test_bytes_that_the_hub_keeps_wrong_are_an_error_that_names_the_file(hub: LoopbackHub, merged: Path) -> None:
     hub.spoil = {"config.json"}  # a small file: the Hub's own hash gives it away
-    with pytest.raises(MismatchError, match=r"'config.json' in 'me/model' is not what was sent") as caught:
+    with pytest.raises(MismatchError, match=r"'config.json' in 'me/model' comes back with other bytes") as caught:
         push(hub, merged)
     assert caught.value.exit_code == 1
+
+
+def test_a_hub_that_counts_in_its_own_way_is_compared_by_bytes(
+    hub: LoopbackHub, merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medcot.hub.delivery._is_there", lambda *_: False)
+    found = send(hub, merged, verify=Verify.HASH)[0]
+    assert found.num_downloaded == found.num_files > 1
 
 
 def test_wrong_bytes_behind_a_right_hash_show_in_a_download_only(

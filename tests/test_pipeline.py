@@ -251,3 +251,6 @@ def test_the_python_call_returns_the_facts_and_the_folder(model_folder, rows_fil
     assert facts["data"]["train"]["trained_tokens"] == facts["data"]["train"]["tokens"] - NUM_ROWS
     assert Path(facts["folder"]).name.startswith("tutorial-8b-")
     assert Path("runs/latest").resolve() == Path(facts["folder"]).resolve()
+    with pytest.raises(DataError, match="does not exist"):
+        medcot.run("tutorial-8b", data="no-such-file.jsonl", tracking="none", console=Console(file=io.StringIO()))
+    assert Path("runs/latest").resolve() == Path(facts["folder"]).resolve(), "what never began is not the latest run"

@@ -104,7 +104,7 @@ def choose_run(folder: Path) -> Choice:
         raise ModelError(
             f"'{folder}' holds no trained adapter",
             "A run keeps its recipe and its adapter",
-            "Name a finished run, such as runs/latest, or a model with --model",
+            "Name the folder of a finished run, such as runs/latest",
         )
     recipe, base = load_recipe(run.recipe), read_json(run.facts)["model"]  # the very base that it was trained on
     return Choice(

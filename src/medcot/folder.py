@@ -57,6 +57,17 @@ def create_run(recipe_name: str, out: Path | None) -> Run:
     return run
 
 
+def find_latest() -> Path | None:
+    """Return the run folder that runs/latest points at; ``None`` for nothing."""
+    return LATEST.resolve() if LATEST.is_symlink() else None
+
+
+def point_back(folder: Path, previous: Path | None) -> None:
+    """Let runs/latest point at the run before this one again, which came to nothing; only where it points at this."""
+    if find_latest() == folder.resolve() and previous is not None and previous.is_dir():
+        _point_latest(previous)
+
+
 def find_resumable(out: Path | None) -> Run:
     """Return the run to go on with: ``out``, else ``runs/latest``.
 

@@ -31,8 +31,12 @@ if TYPE_CHECKING:
 class Job:
     """One run being done: its folder, its facts so far, its screen and its tracker."""
 
-    def __init__(self, run: Run, recipe: Recipe, facts: dict[str, Any], console: RunConsole) -> None:
+    def __init__(
+        self, run: Run, recipe: Recipe, facts: dict[str, Any], console: RunConsole, *, before: Path | None = None
+    ) -> None:
         self.run, self.recipe, self.facts, self.console = run, recipe, facts, console
+        self.is_under_way = False  # whether model and data were taken; what is refused before leaves runs/latest alone
+        self._before = before
         self.tracker: Tracker
 
     def __enter__(self) -> Job:
@@ -70,6 +74,8 @@ class Job:
             if kind is not None:
                 stopped = issubclass(kind, KeyboardInterrupt)
                 self.record(status="stopped" if stopped else "failed", error=redact(f"{kind.__name__}: {error}"))
+                if not stopped and not self.is_under_way:
+                    folders.point_back(self.run.folder, self._before)
         finally:
             self.tracker.finish()
 
@@ -122,10 +128,11 @@ def open_job(
                 "A recipe is saved with the run, where others may read it",
                 "Take the token out; medcot finds secrets by itself ('medcot doctor' says where)",
             )
+        before = folders.find_latest()
         new = folders.create_run(resolved.name, out)
         folders.write_text(new.recipe, text)
         screen.note(f"recipe {resolved.name}; run folder {new.folder}")
-        return Job(new, resolved, _first_facts(resolved), screen)
+        return Job(new, resolved, _first_facts(resolved), screen, before=before)
     old = folders.find_resumable(out)
     screen.note(f"going on with {old.folder}")
     saved = load_recipe(old.recipe)

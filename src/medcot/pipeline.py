@@ -106,6 +106,7 @@ def _do(job: Job) -> None:
         _check_unchanged(job, "rows_sha256", data.digest)
         _keep_data(job, data, tasks)
         admission.pass_gate(job, data, loaded.tokenizer)
+        job.is_under_way = True
         line.detail = f"{len(data.rows):,} rows, {data.facts()['tokens']:,} tokens"
     style = recipe.prompt.style
     with job.stage("ask before"):

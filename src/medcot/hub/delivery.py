@@ -144,8 +144,8 @@ class _Job:
         self.removed = self.removed or stale
         commit = self._send(changed, stale, head) if changed or stale else head
         with hub_errors(self.repo_id):
-            self._compare(self._list(commit), commit)
-            num_downloaded = self._download(commit)
+            unlike = self._compare(self._list(commit), commit)
+            num_downloaded = self._download(commit, unlike)
         url = f"{self.api.endpoint}/{self.repo_id}"
         counts = len(self.parcels), len(self.changed), num_downloaded
         return Delivery(url, commit, *counts, self.removed, is_private)
@@ -224,17 +224,20 @@ class _Job:
                 parent_commit=head,
             ).oid
 
-    def _compare(self, there: dict[str, RepoFile], commit: str) -> None:
+    def _compare(self, there: dict[str, RepoFile], commit: str) -> set[str]:
+        """Return the files of which the Hub reports another checksum; a Hub of one's own may count in its own way."""
         for parcel in self.parcels:
-            if not _is_there(parcel, there):
-                met = "is not there" if parcel.name not in there else "is not what was sent"
+            found = there.get(parcel.name)
+            if found is None or found.size != parcel.num_bytes:
+                met = "is not there" if found is None else f"has {found.size:,} bytes"
                 raise _mismatch(self.repo_id, parcel, f"{met} at {commit[:12]}")
+        return {parcel.name for parcel in self.parcels if not _is_there(parcel, there)}
 
-    def _download(self, commit: str) -> int:
-        """Fetch files again and compare their bytes; return how many."""
+    def _download(self, commit: str, unlike: set[str]) -> int:
+        """Fetch files again, those of another checksum in any case, and compare their bytes; return how many."""
         limits = {Verify.HASH: -1, Verify.SMALL: SMALL_BYTES}
         limit = limits.get(self.verify)
-        fetched = [parcel for parcel in self.parcels if limit is None or parcel.num_bytes <= limit]
+        fetched = [p for p in self.parcels if limit is None or p.num_bytes <= limit or p.name in unlike]
         for parcel in fetched:
             digest = hashlib.sha256()
             self._fetch(parcel.name, commit, digest.update)

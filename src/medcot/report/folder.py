@@ -152,7 +152,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
     if not isinstance(facts, dict):
         raise DataError(
             met,
-            "A report is drawn from the run.json of a run folder",
+            "A run folder holds a run.json",
             "Name the folder of a run, such as runs/latest",
         )
     return facts

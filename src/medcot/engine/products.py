@@ -6,7 +6,8 @@ decoding has a row or a hundred, no gradients, and the same weights again a mome
 - LoRA is two small products for a whole group: every A stacked, and every B on the diagonal of one matrix, scale
   included. The zeros cost less than three launches would.
 - Weights that are not stored dense are made dense once and kept while decoding lasts, as far as memory allows; what
-  does not fit is made dense at each product. A step then costs 2 bytes a weight, shared by all rows.
+  does not fit is made dense at each product. A step then costs 2 bytes a weight, shared by all rows, and by all who
+  decode with the same base at once: a server's adapters.
 - One or two rows of NF4 take ``gemv.py``, which reads 0.56 bytes a weight for each of them: ``ThinProduct``.
 
 Axes: T tokens; B rows; D inputs, N outputs of a group; R ranks of its adapters, end to end; P partial sums.
@@ -16,16 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medcot.engine.frozen import DenseWeight, Nf4Weight
+from medcot.engine.frozen import DenseWeight, FrozenWeight, Nf4Weight
 from medcot.engine.lora import Adapter, Projection, base_of
 
 # Memory left alone when weights are made dense: one group's weights at a time, the graph, cuBLAS.
 RESERVE_BYTES = 2 * 2**30
+# Weights made dense, for as long as a product holds them.
+_KEPT: WeakKeyDictionary[FrozenWeight, WeakValueDictionary[torch.dtype, Tensor]] = WeakKeyDictionary()
 # Weights that share a scale in the NF4 that gemv.py reads.
 SCALE_BLOCK = 64
 
@@ -49,7 +53,7 @@ class Product:
         if adapters:
             A_RD = torch.cat([adapter.A.detach().to(dtype) for adapter in adapters])
             self._pair = A_RD, torch.block_diag(*(_scaled(adapter).to(dtype) for adapter in adapters))
-        self._dense_ND = self.weight.dense() if isinstance(self.weight, DenseWeight) else None
+        self._dense_ND = self.weight.dense() if isinstance(self.weight, DenseWeight) else self._kept().get(dtype)
         self._size = sum(self.weight.out_features) * base_of(projection.parts[0]).in_features
 
     @property
@@ -60,6 +64,7 @@ class Product:
     def keep_dense(self) -> None:
         """Make the weights dense for as long as this product lives."""
         self._dense_ND = self._dense()
+        self._kept()[self._dtype] = self._dense_ND
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         """Return the group's outputs side by side, (T, N)."""
@@ -73,6 +78,10 @@ class Product:
         """As ``__call__``, as one part: (1, B, N)."""
         assert u_BPR is None, "a plain product makes its own"
         return self(x_BD)[None]
+
+    def _kept(self) -> WeakValueDictionary[torch.dtype, Tensor]:
+        """The dense matrices of this weight that somebody holds now."""
+        return _KEPT.setdefault(self.weight, WeakValueDictionary())
 
     def _dense(self) -> Tensor:
         return self.weight.dense().to(self._dtype) if self._dense_ND is None else self._dense_ND

@@ -312,12 +312,15 @@ def read_gguf(path: Path, reference: Reference, config: PreTrainedConfig) -> tup
 
 
 def _twin(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return a copy of a configuration under the name that GGUF has for it; Mistral's layers are Llama's there."""
+    """Return a copy of a configuration as GGUF has it: weights not packed, and Mistral's layers as Llama's."""
     from transformers import LlamaConfig
 
     if config.model_type != "mistral":
-        return copy.deepcopy(config)
+        twin = copy.deepcopy(config)
+        vars(twin).pop("quantization_config", None)
+        return twin
     values = config.to_dict()
+    values.pop("quantization_config", None)
     return LlamaConfig.from_dict({key: values[key] for key in values if key not in ("model_type", "architectures")})
 
 

@@ -116,6 +116,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
     with LoopbackHub() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(hf_api.api, "endpoint", server.url)  # of the functions without a client, made at import
+        # transformers keeps the client of its first call, and with it the address of an earlier test's Hub.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))

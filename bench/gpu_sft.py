@@ -69,6 +69,7 @@ CASES = {
     "fp8-head-forward16": Case("fp8-head-forward16", "fp8", (8, 32), fp8=Fp8(head_forward=False)),
     "fp8-head16": Case("fp8-head16", "fp8", (8,), fp8=Fp8(head_forward=False, head_backward=False)),
     "fp8-slow-backward": Case("fp8-slow-backward", "fp8", (40,), fp8=Fp8(fast_backward=False)),
+    "fp8-fast-sums": Case("fp8-fast-sums", "fp8", (40,), fp8=Fp8(longest_fast_sum=1 << 20)),
     "fp8-slow-accum": Case("fp8-slow-accum", "fp8", (8,), fp8=Fp8(fast_accum=False)),
 }
 

@@ -232,7 +232,7 @@ def swiglu_rows(mlp: Mlp) -> list[list[str]]:
     """SwiGLU's forward."""
 
     def ours(tiles: Tiles | None, _: int) -> None:
-        thin.swiglu(mlp.gate_up, mlp.term, tiles)
+        thin.swiglu(mlp.gate_up, mlp.term, tiles=tiles)
 
     return grid_rows("SwiGLU", ours, SWIGLU, 3 * mlp.num_bytes, len(mlp.dh))
 

@@ -101,14 +101,23 @@ def test_cross_entropy(launch: Any, vocabulary: int) -> None:
     assert largest(given, logits.grad) < TIGHT
 
 
+@pytest.mark.parametrize("heights", [(96,), (64, 8), (128, 24, 40)])
 @pytest.mark.parametrize("nested", [False, True])
-def test_unpacking_is_bitsandbytes_own(launch: Any, nested: bool) -> None:
+def test_unpacking_is_bitsandbytes_own(launch: Any, nested: bool, heights: tuple[int, ...]) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    weight = randn(96, 192) * 0.02  # bitsandbytes on a CPU gets widths wrong that are no multiple of its blocks
-    packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=nested, quant_type="nf4")
-    out = torch.full_like(weight, float("nan"))
-    launch.unpack_nf4(packed, state, out)
-    assert largest(out, functional.dequantize_4bit(packed, state)) < TIGHT
+    # bitsandbytes on a CPU gets widths wrong that are no multiple of its blocks.
+    weights = [randn(height, 192, seed=height) * height for height in heights]
+    packed, states = zip(
+        *(
+            functional.quantize_4bit(weight, blocksize=64, compress_statistics=nested, quant_type="nf4")
+            for weight in weights
+        ),
+        strict=True,
+    )
+    out = torch.full((sum(heights), 192), float("nan"))
+    launch.unpack_nf4(packed, states, out)
+    parts = [functional.dequantize_4bit(one, state) for one, state in zip(packed, states, strict=True)]
+    assert largest(out, torch.cat(parts)) < TIGHT
 
 
 WIDE = 10_000.0  # sizes of a row from 1e-4 to this: every row's scale is its own

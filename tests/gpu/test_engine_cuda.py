@@ -190,7 +190,7 @@ def test_offsets_beyond_what_32_bits_count(launch: ModuleType) -> None:
     gate_up[-40:] = last
     product = launch.swiglu(gate_up)
     assert torch.equal(product[-40:], launch.swiglu(last)) and torch.equal(product[:40], launch.swiglu(gate_up[:40]))
-    wanted, _ = launch.swiglu_grad(product[-40:].clone(), None, last, None)
+    wanted, _ = launch.swiglu_grad(product[-40:].clone(), None, last.clone(), None)
     d, _ = launch.swiglu_grad(product, None, gate_up, None)
     assert torch.equal(d[-40:], wanted)
 
@@ -333,13 +333,20 @@ def test_unpacking_is_bitsandbytes_own_to_the_bit(
 
     weight = randn(*shape) * 10 ** randn(shape[0], 1, seed=1)  # scales of all sizes
     weight[0, :32] = 0
-    packed, state = quantize_4bit(
-        weight.to(CUDA, dtype), blocksize=blocksize, compress_statistics=nested, quant_type="nf4"
+    weights = [weight, 3 * randn(2 * shape[0], shape[1], seed=2), weight.flip(0)]
+    packed, states = zip(
+        *(
+            quantize_4bit(one.to(CUDA, dtype), blocksize=blocksize, compress_statistics=nested, quant_type="nf4")
+            for one in weights
+        ),
+        strict=True,
     )
-    assert state.nested is nested
-    out = torch.full(shape, float("nan"), dtype=dtype, device=CUDA)
-    launch.unpack_nf4(packed, state, out)
-    assert torch.equal(out, dequantize_4bit(packed, state))
+    assert all(state.nested is nested for state in states)
+    for count in (1, 2, 3):  # as many as share an input
+        parts = [dequantize_4bit(one, state) for one, state in zip(packed[:count], states[:count], strict=True)]
+        out = torch.full((sum(map(len, parts)), shape[1]), float("nan"), dtype=dtype, device=CUDA)
+        launch.unpack_nf4(packed[:count], states[:count], out)
+        assert torch.equal(out, torch.cat(parts))
 
 
 # --- FP8 --------------------------------------------------------------------------------------------------------------

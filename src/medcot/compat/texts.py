@@ -11,7 +11,7 @@ Labels are masked by position and never by id, so the tutorial's ``pad_token == 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,7 @@ def read_rows(
 
 
 def _records(dataset: Any) -> Sequence[Mapping[str, Any]]:
-    if not hasattr(dataset, "__len__"):
+    if not isinstance(dataset, Sized):
         raise DataError(
             f"train_dataset is a {type(dataset).__name__}, whose length is not known",
             "Steps, memory and order are planned from all rows",
@@ -81,7 +81,8 @@ def _records(dataset: Any) -> Sequence[Mapping[str, Any]]:
         )
     if len(dataset) == 0:
         raise DataError("train_dataset has no rows", "Training needs at least one", "Look at the split and filters")
-    records = [dataset[number] for number in range(len(dataset))]
+    rows: Any = dataset  # a Dataset, or a list
+    records = [rows[number] for number in range(len(rows))]
     if not isinstance(records[0], Mapping):
         raise DataError(
             f"train_dataset holds {type(records[0]).__name__}s", "A row names its columns", "Use datasets.Dataset"

@@ -26,6 +26,9 @@ V vocabulary; R ranks of a group's adapters, end to end; P partial sums.
 import triton
 import triton.language as tl
 
+# What follows from how long answers may become: specialising on it would compile kernels again for another length.
+_PER_LENGTH = ["splits", "num_chances"]
+
 
 @triton.jit
 def _place(d, width: tl.constexpr, INTERLEAVED: tl.constexpr):
@@ -120,12 +123,12 @@ def _rotated(
     return first * cos - second * sin, second * cos + first * sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PER_LENGTH)
 def attend_kernel(
     y_ptr, y_stride, lengths_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, eps, keys_ptr, values_ptr, slots,
-    parts_ptr, stats_ptr, out_ptr, scale,
+    parts_ptr, stats_ptr, out_ptr, scale, splits,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, J_BLOCK: tl.constexpr, HALF: tl.constexpr,
-    C_BLOCK: tl.constexpr, BLOCK: tl.constexpr, IN_SPLITS: tl.constexpr, SPLITS: tl.constexpr,
+    C_BLOCK: tl.constexpr, BLOCK: tl.constexpr, IN_SPLITS: tl.constexpr, IS_SPLIT: tl.constexpr,
     WINDOW: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
     """One program a row, key/value head and share of the cache; the first share has the new key, and stores it."""
@@ -172,7 +175,7 @@ def attend_kernel(
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length + 1 - WINDOW, 0)
-    share = tl.cdiv(tl.cdiv(length - first, BLOCK), SPLITS) * BLOCK
+    share = tl.cdiv(tl.cdiv(length - first, BLOCK), splits) * BLOCK
     start = first + split * share
     stop = tl.minimum(start + share, length)
     for slot in range(start, stop, BLOCK):
@@ -194,30 +197,32 @@ def attend_kernel(
 
     head = row * H + kv * J + j
     mask = real_j[:, None] & (cv < C)[None, :]
-    if SPLITS == 1:
-        tl.store(out_ptr + head[:, None] * C + cv[None, :], out / total[:, None], mask=mask)
-    else:
-        place = head * SPLITS + split
+    if IS_SPLIT:
+        place = head * splits + split
         tl.store(parts_ptr + place[:, None] * C + cv[None, :], out, mask=mask)
         tl.store(stats_ptr + place * 2, largest, mask=real_j)
         tl.store(stats_ptr + place * 2 + 1, total, mask=real_j)
+    else:
+        tl.store(out_ptr + head[:, None] * C + cv[None, :], out / total[:, None], mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PER_LENGTH)
 def combine_kernel(
-    parts_ptr, stats_ptr, x_ptr, A_ptr, u_ptr,
-    H: tl.constexpr, C: tl.constexpr, C_BLOCK: tl.constexpr, SPLITS: tl.constexpr, RANKS: tl.constexpr,
+    parts_ptr, stats_ptr, x_ptr, A_ptr, u_ptr, splits,
+    H: tl.constexpr, C: tl.constexpr, C_BLOCK: tl.constexpr, MOST: tl.constexpr, RANKS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """One program a row and head. A share of the cache without slots has -inf and zeros, and adds nothing."""
     row, head = tl.program_id(0), tl.program_id(1)
-    place = (row * H + head) * SPLITS + tl.arange(0, SPLITS)
+    split = tl.arange(0, MOST)
+    place = (row * H + head) * splits + split
     c = tl.arange(0, C_BLOCK)
     real = c < C
-    largest = tl.load(stats_ptr + place * 2)
+    largest = tl.load(stats_ptr + place * 2, mask=split < splits, other=float("-inf"))
     weight = tl.exp(largest - tl.max(largest, 0))
-    total = tl.sum(weight * tl.load(stats_ptr + place * 2 + 1), 0)
-    parts = tl.load(parts_ptr + place[:, None] * C + c[None, :], mask=real[None, :], other=0.0)
+    total = tl.sum(weight * tl.load(stats_ptr + place * 2 + 1, mask=split < splits, other=0.0), 0)
+    mask = (split < splits)[:, None] & real[None, :]
+    parts = tl.load(parts_ptr + place[:, None] * C + c[None, :], mask=mask, other=0.0)
     x = tl.sum(parts * weight[:, None], 0) / total
     column = head * C + c
     tl.store(x_ptr + row * H * C + _place(column, H * C, INTERLEAVED), x, mask=real)
@@ -284,7 +289,7 @@ def _nucleus(logits_ptr, V, best, top, inverse_temperature, top_p, margin, BLOCK
     return low, above + count * weight, count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PER_LENGTH)
 def sample_kernel(
     logits_ptr, V, chances_ptr, num_chances, steps_ptr, lengths_ptr, ids_ptr, last,
     inverse_temperature, top_p, margin,

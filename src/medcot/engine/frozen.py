@@ -126,8 +126,7 @@ class Nf4Weight:
     def dense(self) -> Tensor:
         """Unpack every part into its rows of one matrix."""
         weight_ND = torch.empty(self._shape, dtype=self._dtype, device=self.parameters[0].device)
-        for parameter, rows in zip(self.parameters, weight_ND.split(self.out_features), strict=True):
-            _unpack(parameter.data, parameter.quant_state, rows)
+        _unpack(self.parameters, weight_ND)
         return weight_ND
 
     def open(self) -> Matrix:
@@ -143,15 +142,24 @@ class Nf4Weight:
         self.keeps_unpacked, self._unpacked = False, None
 
 
-def _unpack(packed: Tensor, state: Any, rows_ND: Tensor) -> None:
-    if has_triton(packed.device):
+def _unpack(parameters: Sequence[Any], weight_ND: Tensor) -> None:
+    """Write packed weights into a matrix, one below the other."""
+    states = [parameter.quant_state for parameter in parameters]
+    if has_triton(weight_ND.device) and len({_block_sizes(state) for state in states}) == 1:
         from medcot.engine.launch import unpack_nf4
 
-        unpack_nf4(packed, state, rows_ND)
+        unpack_nf4([parameter.data for parameter in parameters], states, weight_ND)
         return
     from bitsandbytes.functional import dequantize_4bit
 
-    rows_ND.copy_(dequantize_4bit(packed, state))
+    parts = weight_ND.split([state.shape[0] for state in states])
+    for parameter, state, rows in zip(parameters, states, parts, strict=True):
+        rows.copy_(dequantize_4bit(parameter.data, state))
+
+
+def _block_sizes(state: Any) -> tuple[int, int]:
+    """Weights that share a scale, and scales that share one of their own, or 0."""
+    return state.blocksize, state.state2.blocksize if state.nested else 0
 
 
 class Fp8Linear(nn.Linear):
@@ -191,9 +199,10 @@ class Fp8:
         backward: the gradients' products with the layers' weights; otherwise as ``forward``.
         head_forward: the logits.
         head_backward: the gradient of the hidden states that the logits were made of.
-        fast_accum: sums stay in the tensor cores' own registers, with about 14 bits, over the whole length, up to
-            ``LONGEST_FAST_SUM``; otherwise they are added up in float32 on the way, which takes longer.
+        fast_accum: sums stay in the tensor cores' own registers, with about 14 bits, over their whole length; otherwise
+            they are added up in float32 on the way, which takes longer.
         fast_backward: so too in backward products; of no account where ``fast_accum`` is off.
+        longest_fast_sum: sums of more products are never made so.
     """
 
     forward: bool = True
@@ -202,6 +211,7 @@ class Fp8:
     head_backward: bool = True
     fast_accum: bool = True
     fast_backward: bool = True
+    longest_fast_sum: int = LONGEST_FAST_SUM
 
 
 class Fp8Weight:
@@ -266,7 +276,7 @@ class Fp8Weight:
             scale_b=scale_1N,
             bias=bias_N,
             out_dtype=self.dtype,
-            use_fast_accum=fast and self.choice.fast_accum and rows_ND.shape[1] <= LONGEST_FAST_SUM,
+            use_fast_accum=fast and self.choice.fast_accum and rows_ND.shape[1] <= self.choice.longest_fast_sum,
         )
 
 
@@ -320,7 +330,7 @@ def dense_weight(base: Any, dtype: torch.dtype) -> Tensor:
     if type(base) is nn.Linear:
         return base.weight
     weight_ND = torch.empty(base.out_features, base.in_features, dtype=dtype, device=base.weight.device)
-    _unpack(base.weight.data, base.weight.quant_state, weight_ND)
+    _unpack([base.weight], weight_ND)
     return weight_ND
 
 

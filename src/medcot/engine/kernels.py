@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 # The number of tokens differs from batch to batch; specialising on it would compile a kernel again in mid-training.
-_PER_BATCH = ["T", "num_bytes"]
+_PER_BATCH = ["T"]
 
 
 @triton.jit
@@ -206,27 +206,43 @@ def cross_entropy_kernel(logits, targets, losses, V: tl.constexpr, BV: tl.conste
         tl.store(own + start + columns, p.to(logits.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=_PER_BATCH)
+@triton.jit
 def unpack_nf4_kernel(
-    packed, absmax, code, absmax_code, absmax_scale, offset, out, num_bytes,
-    NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, BLOCK: tl.constexpr,
+    packed0, absmax0, code0, absmax_code0, absmax_scale0, offset0, num_bytes0,
+    packed1, absmax1, code1, absmax_code1, absmax_scale1, offset1, num_bytes1,
+    packed2, absmax2, code2, absmax_code2, absmax_scale2, offset2, num_bytes2,
+    out, NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    # Up to three matrices, one after another in ``out``; those that are not there have no bytes, and no program.
+    tile = tl.program_id(0)
+    in1 = tile >= tl.cdiv(num_bytes0, BLOCK)
+    in2 = tile >= tl.cdiv(num_bytes0, BLOCK) + tl.cdiv(num_bytes1, BLOCK)
+    packed = tl.where(in2, packed2, tl.where(in1, packed1, packed0))
+    absmax = tl.where(in2, absmax2, tl.where(in1, absmax1, absmax0))
+    code = tl.where(in2, code2, tl.where(in1, code1, code0))
+    num_bytes = tl.where(in2, num_bytes2, tl.where(in1, num_bytes1, num_bytes0))
+    first_tile = tl.where(in1, tl.cdiv(num_bytes0, BLOCK), 0) + tl.where(in2, tl.cdiv(num_bytes1, BLOCK), 0)
+    first_byte = tl.where(in1, num_bytes0, 0).to(tl.int64) + tl.where(in2, num_bytes1, 0)
+    start = (tile - first_tile).to(tl.int64) * BLOCK
     place = start + tl.arange(0, BLOCK)
     mask = place < num_bytes
     pair = tl.load(packed + place, mask=mask, other=0).to(tl.int32)
     block = place * 2 // BLOCKSIZE
     if NESTED:
+        absmax_code = tl.where(in2, absmax_code2, tl.where(in1, absmax_code1, absmax_code0))
+        absmax_scale = tl.where(in2, absmax_scale2, tl.where(in1, absmax_scale1, absmax_scale0))
         index = tl.load(absmax + block, mask=mask, other=0).to(tl.int32)
         scale = tl.load(absmax_code + index) * tl.load(absmax_scale + block // NESTED_BLOCKSIZE, mask=mask, other=0.0)
-        scale += tl.load(offset)
+        scale += tl.load(tl.where(in2, offset2, tl.where(in1, offset1, offset0)))
     else:
         scale = tl.load(absmax + block, mask=mask, other=0.0)
     first = tl.load(code + (pair >> 4)) * scale  # the first weight of a pair is in the high half of the byte
     second = tl.load(code + (pair & 15)) * scale
     both = tl.interleave(first, second)
     out_place = start * 2 + tl.arange(0, 2 * BLOCK)
-    tl.store(out + out_place, both.to(out.dtype.element_ty), mask=out_place < num_bytes * 2)
+    tl.store(
+        out + first_byte * 2 + out_place, both.to(out.dtype.element_ty), mask=out_place < num_bytes.to(tl.int64) * 2
+    )
 
 
 @triton.jit

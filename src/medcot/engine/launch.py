@@ -8,6 +8,7 @@ Axes are those of ``kernels.py``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from medcot.engine import kernels
 from medcot.engine.terms import Rounded, Term
 from medcot.engine.thin import (
+    MAX_PARTS,
     padded,
     swiglu,
     swiglu_grad,
@@ -31,6 +33,7 @@ ROTARY_ROWS = 32
 QUANTISE_COLUMNS = 32768  # a row that fits is read once
 QUANTISE_ROWS = 4  # that share one reading of the columns' factors
 ENTROPY_COLUMNS = 8192
+UNPACK_BYTES = 2048  # of packed weights, a program
 
 KEEPS_TERMS = True
 __all__ = [
@@ -133,25 +136,32 @@ def cross_entropy_(logits_BV: Tensor, targets_B: Tensor) -> Tensor:
     return losses_B
 
 
-def unpack_nf4(packed: Tensor, state: Any, out: Tensor) -> None:
-    """Write a bitsandbytes 4-bit tensor into ``out``, to the bits of ``bitsandbytes.functional.dequantize_4bit``.
+def unpack_nf4(packed: Sequence[Tensor], states: Sequence[Any], out: Tensor) -> None:
+    """Write bitsandbytes' 4-bit tensors one after another, to the bits of its ``functional.dequantize_4bit``.
 
     Args:
-        packed: uint8, two weights a byte.
-        state: its ``QuantState``.
-        out: contiguous, of the weight's number of elements.
+        packed: uint8, two weights a byte; three tensors at most.
+        states: the ``QuantState`` of each, all with blocks of one size.
+        out: contiguous, of the weights' number of elements in all.
     """
-    num_bytes = packed.numel()
-    block = 2048
-    nested = state.nested
-    kernels.unpack_nf4_kernel[(triton.cdiv(num_bytes, block),)](
-        packed, state.absmax, state.code,
-        state.state2.code if nested else state.code, state.state2.absmax if nested else state.code,
-        state.offset if nested else state.code, out, num_bytes,
-        NESTED=nested, BLOCKSIZE=state.blocksize, NESTED_BLOCKSIZE=state.state2.blocksize if nested else 1,
-        BLOCK=block, num_warps=4,
+    nested, blocksize = states[0].nested, states[0].blocksize
+    assert 1 <= len(packed) == len(states) <= MAX_PARTS
+    parts = [_packed_part(tensor, state) for tensor, state in zip(packed, states, strict=True)]
+    parts += [(*parts[0][:-1], 0)] * (MAX_PARTS - len(parts))
+    kernels.unpack_nf4_kernel[(sum(triton.cdiv(part[-1], UNPACK_BYTES) for part in parts),)](
+        *parts[0], *parts[1], *parts[2], out,
+        NESTED=nested, BLOCKSIZE=blocksize, NESTED_BLOCKSIZE=states[0].state2.blocksize if nested else 1,
+        BLOCK=UNPACK_BYTES, num_warps=4,
         enable_fp_fusion=False,  # bitsandbytes rounds the product of the scales before it adds the offset
     )  # fmt: skip
+
+
+def _packed_part(packed: Tensor, state: Any) -> tuple[Any, ...]:
+    """What the kernel is given of a matrix: packed weights, scales and what these are stored with, number of bytes."""
+    if not state.nested:
+        return packed, state.absmax, state.code, state.code, state.code, state.code, packed.numel()
+    inner = state.state2
+    return packed, state.absmax, state.code, inner.code, inner.absmax, state.offset, packed.numel()
 
 
 def quantise_rows(x_TN: Tensor, columns_scale_N: Tensor | None = None) -> Rounded:

@@ -69,7 +69,7 @@ class Step:
         ops: ``pointwise`` or ``launch``.
         keep: what a layer keeps for its gradient.
         tile_tokens: tokens that the MLP takes at a time when it is computed again; ``None`` for all.
-        one_weight: the MLP opens a weight for each product, rather than both for all of them.
+        one_weight: the MLP has one of its weights open at a time, and the product or its gradient for all tokens.
     """
 
     layout: Layout
@@ -92,7 +92,7 @@ class LayerPairs(NamedTuple):
 
 _Value = TypeVar("_Value")
 Gradients = list[Tensor]  # of one group's adapters: A₁, B₁, A₂, …
-Opened = Callable[[], Matrix]  # a weight that is open, or is opened by calling
+ProductGradient = Callable[[slice], Tensor]  # of the product of gate and up, (T, F), for some of the tokens
 
 
 @dataclass
@@ -168,8 +168,8 @@ class FastLayer:
         if step.keep.recomputes:
             y_TD, term = self._run_mlp(normed_TD, pairs, step)
             return middle_TD, y_TD, term, Trace(trace.x_TD)
-        trace.mlp, product_TF = self._widen(normed_TD, pairs, step, self.gate_up.weight.open)
-        y_TD, trace.mlp.u_down_TR, term = self._narrow(product_TF, pairs, self.down.weight.open)
+        trace.mlp, product_TF = self._widen(normed_TD, pairs, step, self.gate_up.weight.open())
+        y_TD, trace.mlp.u_down_TR, term = self.down.project(product_TF, pairs.down, self.down.weight.open())
         if step.keep is Keep.LEAN:
             _there(trace.attention).normed_TD = trace.mlp.normed_TD = None
         return middle_TD, y_TD, term, trace
@@ -288,26 +288,14 @@ class FastLayer:
 
     # --- MLP ---
 
-    def _open_mlp(self, step: Step) -> tuple[Opened, Opened]:
-        """The weights of gate and up and of down, open for as long as these are held, or for a product each."""
-        wide, narrow = self.gate_up.weight, self.down.weight
-        if step.one_weight:
-            return wide.open, narrow.open
-        matrices = wide.open(), narrow.open()
-        return lambda: matrices[0], lambda: matrices[1]
-
-    def _widen(self, normed_TD: Tensor, pairs: LayerPairs, step: Step, wide: Opened) -> tuple[MlpTrace, Tensor]:
+    def _widen(
+        self, normed_TD: Tensor, pairs: LayerPairs, step: Step, wide: Matrix, out_TF: Tensor | None = None
+    ) -> tuple[MlpTrace, Tensor]:
         """Gate and up, and their product (T, F); nobody keeps that: its one later use is in down's dA."""
-        gate_up_TN, u_TR, term = self.gate_up.project(normed_TD, pairs.gate_up, wide())
-        return MlpTrace(normed_TD, gate_up_TN, u_TR), step.ops.swiglu(gate_up_TN, term)
+        gate_up_TN, u_TR, term = self.gate_up.project(normed_TD, pairs.gate_up, wide)
+        return MlpTrace(normed_TD, gate_up_TN, u_TR), step.ops.swiglu(gate_up_TN, term, out_TF)
 
-    def _narrow(
-        self, product_TF: Tensor, pairs: LayerPairs, narrow: Opened
-    ) -> tuple[Tensor, Tensor | None, Term | None]:
-        """Down: the output, u, and the low-rank part that the output lacks."""
-        return self.down.project(product_TF, pairs.down, narrow())
-
-    def _widen_again(self, normed_TD: Tensor, pairs: LayerPairs, step: Step, wide: Opened) -> MlpTrace:
+    def _widen_again(self, normed_TD: Tensor, pairs: LayerPairs, step: Step, wide: Matrix) -> MlpTrace:
         """The trace of a forward that kept none."""
         mlp, product_TF = self._widen(normed_TD, pairs, step, wide)
         if pairs.down:
@@ -316,14 +304,20 @@ class FastLayer:
 
     def _run_mlp(self, normed_TD: Tensor, pairs: LayerPairs, step: Step) -> tuple[Tensor, Term | None]:
         """The MLP's output, nothing kept, by tiles where the step says so."""
-        wide, narrow = self._open_mlp(step)
         tiles = _tiles(len(normed_TD), step)
-        if len(tiles) == 1:
-            y_TD, _, term = self._narrow(self._widen(normed_TD, pairs, step, wide)[1], pairs, narrow)
+        wide = self.gate_up.weight.open()
+        if len(tiles) == 1 or step.one_weight:
+            product_TF = normed_TD.new_empty(len(normed_TD), sum(self.gate_up.weight.out_features) // 2)
+            for rows in tiles:
+                self._widen(normed_TD[rows], pairs, step, wide, product_TF[rows])
+            del wide
+            y_TD, _, term = self.down.project(product_TF, pairs.down, self.down.weight.open())
             return y_TD, term
+        narrow = self.down.weight.open()
         y_TD = torch.empty_like(normed_TD)
         for rows in tiles:
-            part_TD, _, term = self._narrow(self._widen(normed_TD[rows], pairs, step, wide)[1], pairs, narrow)
+            product_TF = self._widen(normed_TD[rows], pairs, step, wide)[1]
+            part_TD, _, term = self.down.project(product_TF, pairs.down, narrow)
             if term is not None:
                 term.add_to(part_TD)
             y_TD[rows] = part_TD
@@ -333,7 +327,8 @@ class FastLayer:
         self, trace: Trace, normed_TD: Tensor | None, d_out: Gradient, pairs: LayerPairs, step: Step
     ) -> tuple[Gradient, list[Gradients]]:
         """Gradient of the residual stream between the two halves; by tiles, each computed again, where asked to."""
-        wide, narrow = self._open_mlp(step)
+        product_gradient = self._product_gradient(d_out, step)
+        wide = self.gate_up.weight.open()
         middle_TD, r_T = _there(trace.middle_TD), _there(trace.r_middle_T)
         trace.middle_TD = trace.r_middle_T = None
         tiles = _tiles(len(middle_TD), step)
@@ -341,12 +336,16 @@ class FastLayer:
             mlp, trace.mlp = trace.mlp, None
             if mlp is None:
                 mlp = self._widen_again(_there(normed_TD), pairs, step, wide)
-            return self._mlp_part_backward(mlp, middle_TD, r_T, d_out, pairs, step, wide, narrow)
+            every = slice(0, len(middle_TD))
+            return self._mlp_part_backward(mlp, middle_TD, r_T, d_out.d_TD, product_gradient(every), pairs, step, wide)
         del normed_TD  # each tile makes its own
+        norm = self.layer.post_attention_layernorm
         total: list[Gradients] = []  # in float32: a sum of dozens of 16-bit parts would lose their last bits
         for rows in tiles:
+            tile_TD = step.ops.add_norm(middle_TD[rows], None, None, norm.weight, norm.variance_epsilon)[1]
+            mlp = self._widen_again(tile_TD, pairs, step, wide)
             d_part, gradients = self._mlp_part_backward(
-                None, middle_TD[rows], r_T[rows], d_out.rows(rows), pairs, step, wide, narrow
+                mlp, middle_TD[rows], r_T[rows], d_out.d_TD[rows], product_gradient(rows), pairs, step, wide
             )
             d_out.d_TD[rows] = d_part.d_TD  # these rows' own gradient has been read for the last time
             if not total:
@@ -357,18 +356,21 @@ class FastLayer:
                     torch._foreach_add_(sums, [g.float() for g in new])
         return Gradient(d_out.d_TD, None), total
 
+    def _product_gradient(self, d_out: Gradient, step: Step) -> ProductGradient:
+        """The way back through down: at once for all tokens, and its weight closed, or tile by tile, as they come."""
+        narrow = self.down.weight.open()
+        if not step.one_weight:
+            return lambda rows: rounding.multiply_back(narrow, *d_out.rows(rows))
+        dh_TF = rounding.multiply_back(narrow, *d_out)
+        return lambda rows: dh_TF[rows]
+
     def _mlp_part_backward(
-        self, mlp: MlpTrace | None, middle_TD: Tensor, r_T: Tensor, d_out: Gradient, pairs: LayerPairs, step: Step,
-        wide: Opened, narrow: Opened,
+        self, mlp: MlpTrace, middle_TD: Tensor, r_T: Tensor, d_out_TD: Tensor, dh_TF: Tensor, pairs: LayerPairs,
+        step: Step, wide: Matrix,
     ) -> tuple[Gradient, list[Gradients]]:  # fmt: skip
-        norm, d_out_TD, ops = self.layer.post_attention_layernorm, d_out.d_TD, step.ops
-        if mlp is None:
-            normed_TD = ops.add_norm(middle_TD, None, None, norm.weight, norm.variance_epsilon)[1]
-            mlp = self._widen_again(normed_TD, pairs, step, wide)
-        elif mlp.normed_TD is None:
+        norm, ops = self.layer.post_attention_layernorm, step.ops
+        if mlp.normed_TD is None:
             mlp.normed_TD = ops.add_norm(middle_TD, None, None, norm.weight, norm.variance_epsilon)[1]
-        dh_TF = rounding.multiply_back(narrow(), *d_out)
-        del d_out
         down_term: Term | None = None
         dBs: list[Tensor] = []
         if pairs.down:
@@ -384,7 +386,7 @@ class FastLayer:
         term, gate_up_gradients, rounded = rounding.adapter_gradients(
             pairs.gate_up, d_gate_up_TN, kept_TD, u_TR, ops, thin, scale_T1
         )
-        d_normed_TD = rounding.multiply_back(wide(), d_gate_up_TN, rounded)
+        d_normed_TD = rounding.multiply_back(wide, d_gate_up_TN, rounded)
         del d_gate_up_TN, rounded
         d_middle = rounding.norm_grad_for(
             self.out.weight, d_normed_TD, term, middle_TD, norm.weight, r_T, d_out_TD, ops

@@ -57,7 +57,8 @@ class Memory:
         tile_tokens: tokens that the MLP takes at a time where layers are computed again; ``None`` for all.
         chunk_tokens: tokens whose logits are in memory at a time; ``None`` for what is fast.
         unpacked: keep 4-bit weights unpacked beside their packed form.
-        one_weight: where layers are computed again, unpack the MLP's weights for each product, one at a time.
+        one_weight: where layers are computed again, the MLP has one of its weights open at a time; between the two, its
+            product, or the gradient of that, is held for all tokens.
     """
 
     keep: Keep = Keep.ALL
@@ -71,8 +72,8 @@ FASTEST = Memory()
 SMALLEST = Memory(Keep.HOST, tile_tokens=1024, chunk_tokens=256, one_weight=True)
 
 
-# Up to so many tokens the weight that is not open is a tenth of what a forward needs beside the frozen weights.
-ONE_WEIGHT_TOKENS = 8192
+# Up to so many tokens the MLP's product takes less than the weight that is not open: of Llama 8B, up to D.
+ONE_WEIGHT_TOKENS = 4096
 
 
 def small_pieces(tokens: int) -> Memory:
@@ -166,15 +167,20 @@ def _layer_values(shape: ModelShape, keep: Keep) -> int:
     }[keep]
 
 
-def _working_bytes(shape: ModelShape, precision: str, tokens: int, memory: Memory, bytes_per_value: int) -> int:
+def _working_bytes(
+    shape: ModelShape, precision: str, tokens: int, memory: Memory, bytes_per_value: int, *, kernels: bool
+) -> int:
     """The most that one layer's backward takes beside what is kept, its unpacked weights included.
 
-    At its widest moment the MLP has the gradients of gate and up (2 F) and of their product (F) beside three of the
-    residual stream's width. A layer that is computed again has first of all what it would have kept, the MLP's part of
-    that, with the gradients, for a tile's tokens only.
+    At its widest moment the MLP has the gradients of gate and up (2 F; kernels write them over gate and up themselves)
+    and of their product (F) beside three of the residual stream's width. A layer that is computed again has first of
+    all what it would have kept, the MLP's part of that, with the gradients, for a tile's tokens only; where one weight
+    is open at a time, the product's gradient is there for all tokens.
     """
     wide = min(memory.tile_tokens or tokens, tokens) if memory.keep.recomputes else tokens
-    values = tokens * 3 * shape.hidden + wide * 3 * shape.intermediate
+    product = tokens if memory.keep.recomputes and memory.one_weight else wide
+    gate_up = 0 if kernels else 2 * wide
+    values = tokens * 3 * shape.hidden + (gate_up + product) * shape.intermediate
     if memory.keep.recomputes:
         mlp = 2 * shape.intermediate + shape.hidden
         values += tokens * (_layer_values(shape, Keep.ALL) - mlp) + wide * mlp
@@ -217,7 +223,7 @@ def predict_peak_gb(
             shape.num_layers * bytes_per_value * (probabilities if probabilities <= KEEP_PROBABILITIES else 0)
         )
     kernels = kernels and not on_cpu
-    working = _working_bytes(shape, precision, tokens, memory, bytes_per_value)
+    working = _working_bytes(shape, precision, tokens, memory, bytes_per_value, kernels=kernels)
     if not kernels:
         working += tokens * 4 * (2 * shape.hidden + shape.intermediate // 2)
     # The loss, before any layer's backward: a chunk's logits, and the hidden states, their copy and gradient.

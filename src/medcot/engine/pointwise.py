@@ -126,7 +126,7 @@ def _turn(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> None:
     first.copy_(new_first)
 
 
-def swiglu(gate_up_TN: Tensor, term: Term | None = None) -> Tensor:
+def swiglu(gate_up_TN: Tensor, term: Term | None = None, out_TF: Tensor | None = None) -> Tensor:
     """``silu(gate) · up`` of the fused (T, 2F) output of the gate and up projections, (T, F).
 
     The term, if any, is added into ``gate_up_TN`` for good; ``swiglu_grad`` must then be given none.
@@ -134,7 +134,7 @@ def swiglu(gate_up_TN: Tensor, term: Term | None = None) -> Tensor:
     if term is not None:
         term.add_to(gate_up_TN)
     gate, up = gate_up_TN.chunk(2, -1)
-    return F.silu(gate).mul_(up)
+    return torch.mul(F.silu(gate), up, out=out_TF)
 
 
 def swiglu_grad(
@@ -148,7 +148,7 @@ def swiglu_grad(
     Args:
         dh_TF: gradient of the product; it is used up.
         down_term: its low-rank part, the down projection's du and A; ``None`` where that has no adapter, and no dA.
-        gate_up_TN: what ``swiglu`` was given.
+        gate_up_TN: what ``swiglu`` was given; it may be used up.
         term: the low-rank part of gate and up, where ``KEEPS_TERMS`` says that it is still to be added.
     """
     assert term is None, "swiglu() has added it"

@@ -149,9 +149,9 @@ def attend(
     num_parts, num_rows, _ = fused_PBN.shape
     _, num_kv, slots, channels = cache.keys.shape
     num_queries = fused_PBN.shape[2] // channels - 2 * num_kv
-    splits = choose_splits(num_rows * num_kv, slots)
+    most, splits = most_splits(num_rows * num_kv), choose_splits(num_rows * num_kv, slots)
     if reader.interleaved or reader.A_RD is not None:
-        splits = max(splits, 2)  # combine makes what it wants
+        most, splits = max(most, 2), max(splits, 2)  # combine makes what it wants
     to = _prepare(cache.keys, num_queries * channels, num_queries, reader, rows=num_rows)
     parts = torch.empty(num_rows, num_queries, splits, channels, dtype=torch.float32, device=fused_PBN.device)
     stats = torch.empty(num_rows, num_queries, splits, 2, dtype=torch.float32, device=fused_PBN.device)
@@ -159,15 +159,15 @@ def attend(
     half, wide = (max(16, triton.next_power_of_2(c)) for c in (channels // 2, channels))
     kernels.attend_kernel[(num_rows, num_kv, splits)](
         fused_PBN, fused_PBN.stride(0), rows.lengths_B, *angles, q_norm, k_norm, eps, cache.keys, cache.values, slots,
-        parts, stats, to.x_BD, channels**-0.5,
+        parts, stats, to.x_BD, channels**-0.5, splits,
         H=num_queries, G=num_kv, C=channels, J_BLOCK=max(16, triton.next_power_of_2(num_queries // num_kv)),
-        HALF=half, C_BLOCK=wide, BLOCK=SLOT_BLOCK, IN_SPLITS=num_parts, SPLITS=splits, WINDOW=window or 0,
+        HALF=half, C_BLOCK=wide, BLOCK=SLOT_BLOCK, IN_SPLITS=num_parts, IS_SPLIT=splits > 1, WINDOW=window or 0,
         NORMS=head_norms is not None, num_warps=4, num_stages=2,
     )  # fmt: skip
     if splits > 1:
         kernels.combine_kernel[(num_rows, num_queries)](
-            parts, stats, to.x_BD, *_low_rank(to, reader),
-            H=num_queries, C=channels, C_BLOCK=wide, SPLITS=splits,
+            parts, stats, to.x_BD, *_low_rank(to, reader), splits,
+            H=num_queries, C=channels, C_BLOCK=wide, MOST=most,
             RANKS=0 if to.u_BPR is None else to.u_BPR.shape[2], INTERLEAVED=reader.interleaved, num_warps=4,
         )  # fmt: skip
     return to
@@ -175,8 +175,12 @@ def attend(
 
 def choose_splits(num_programs: int, slots: int) -> int:
     """Shares of the cache, a power of two: enough to fill a GPU, none smaller than a block when the cache is full."""
-    useful = min(WANTED_PROGRAMS / num_programs, slots / SLOT_BLOCK, MAX_SPLITS)
-    return 2 ** max(0, math.ceil(math.log2(useful)))
+    return min(most_splits(num_programs), 2 ** math.ceil(math.log2(max(slots / SLOT_BLOCK, 1))))
+
+
+def most_splits(num_programs: int) -> int:
+    """Shares of a cache of any length; kernels are compiled for these, and not again for each length."""
+    return 2 ** max(0, math.ceil(math.log2(min(WANTED_PROGRAMS / num_programs, MAX_SPLITS))))
 
 
 def sample(logits_BV: Tensor, rows: Rows, chances_BT: Tensor, last: int, temperature: float, top_p: float) -> None:

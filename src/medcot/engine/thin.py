@@ -128,11 +128,14 @@ def _thin_gradients(
     return sum_parts(du_parts, dB_parts, blocks, dy_TN.dtype)
 
 
-def swiglu(gate_up_TN: Tensor, term: Term | None = None, tiles: Tiles | None = None) -> Tensor:
+def swiglu(
+    gate_up_TN: Tensor, term: Term | None = None, out_TF: Tensor | None = None, tiles: Tiles | None = None
+) -> Tensor:
     """As ``pointwise.swiglu``, but ``gate_up_TN``, which must be contiguous, stays as it was."""
     num_rows, width = gate_up_TN.shape[0], gate_up_TN.shape[1] // 2
     assert gate_up_TN.is_contiguous(), "the kernel knows no strides"
-    h_TF = torch.empty(num_rows, width, dtype=gate_up_TN.dtype, device=gate_up_TN.device)
+    h_TF = gate_up_TN.new_empty(num_rows, width) if out_TF is None else out_TF
+    assert h_TF.shape == (num_rows, width) and h_TF.is_contiguous(), "the kernel knows no strides"
     if not num_rows:
         return h_TF
     tiles = tiles or _swiglu_tiles(gate_up_TN.dtype, resident=3)
@@ -149,7 +152,10 @@ def swiglu(gate_up_TN: Tensor, term: Term | None = None, tiles: Tiles | None = N
 def swiglu_grad(
     dh_TF: Tensor, down_term: Term | None, gate_up_TN: Tensor, term: Term | None, tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """As ``pointwise.swiglu_grad``, with the term that ``swiglu`` was given; dA is a transposed view."""
+    """As ``pointwise.swiglu_grad``, with the term that ``swiglu`` was given, and written over ``gate_up_TN``.
+
+    dA is a transposed view.
+    """
     tiles = tiles or _swiglu_tiles(dh_TF.dtype, resident=2)
     return _swiglu_grad(dh_TF, down_term, gate_up_TN, term, None, None, tiles)
 
@@ -174,7 +180,7 @@ def _swiglu_grad(
     assert dh_TF.is_contiguous() and gate_up_TN.is_contiguous(), "the kernel knows no strides"
     num_blocks = triton.cdiv(width, tiles.columns)
     rows_of_range, ranges = tiles.cut(max(num_rows, 1), num_blocks)
-    out_TN = torch.empty_like(gate_up_TN)
+    out_TN = gate_up_TN  # every number is read by the program that writes its place, and before
     dA_parts = _floats(dh_TF, ranges, width, rank_down) if down_term else None
     thin_kernels.swiglu_grad_kernel[(num_blocks, ranges)](
         dh_TF, *_factor(down_term, dh_TF), gate_up_TN, *_factor(term, dh_TF),

@@ -220,6 +220,7 @@ def swiglu_grad_kernel(
     T, rows_of_range, F, rank, rank_down, HAS_DOWN: tl.constexpr, HAS_LOW: tl.constexpr, MEASURES: tl.constexpr,
     RP: tl.constexpr, RP_DOWN: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    # out may be gate_up: a tile is read before it is written, by the same program, and by no other.
     # HAS_DOWN: dh lacks a term, and that projection's dA is wanted: a product of h, made again in its 16-bit rounding.
     block, row_range = tl.program_id(0), tl.program_id(1)
     columns = block * BN + tl.arange(0, BN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import json
@@ -117,7 +118,7 @@ def _count(ends: list[End]) -> dict[str, Any]:
     }
 
 
-class Form:
+class Form(abc.ABC):
     """How an answer is written down; one for each of the two routes."""
 
     kind = ""
@@ -155,14 +156,17 @@ class Form:
         choice = {"index": index, **part, "logprobs": None, "finish_reason": reason}
         return {**self._base, "object": self.chunk_kind, "choices": [choice]}
 
+    @abc.abstractmethod
     def _said(self, texts: list[Text]) -> dict[str, Any]:
-        raise NotImplementedError
+        """All of an answer."""
 
+    @abc.abstractmethod
     def _part(self, text: str, *, in_think: bool, first: bool) -> dict[str, Any]:
-        raise NotImplementedError
+        """Some of it."""
 
+    @abc.abstractmethod
     def _nothing(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """None of it, where it ends."""
 
 
 class ChatForm(Form):

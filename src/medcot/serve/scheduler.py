@@ -173,7 +173,9 @@ class Scheduler:
                     self._on_end(row)
 
     def _next_rows(self, name: str, num_free: int) -> list[Row]:
+        """Rows of those who wait, as many as there is room for; who cannot be begun is told so."""
         rows: list[Row] = []
+        refused: list[Job] = []
         num_tokens = 0
         with self._changed:
             waiting = self._waiting[name]
@@ -181,7 +183,14 @@ class Scheduler:
                 num_tokens += len(waiting[0].prompt_ids)
                 if rows and num_tokens > READ_TOKENS:
                     break
-                rows.append(self._make_row(waiting.popleft()))
+                job = waiting.popleft()
+                try:
+                    rows.append(self._make_row(job))
+                except Exception:  # nothing of the others' work is lost by it
+                    _log.exception("a request for '%s' could not be begun", name)
+                    refused.append(job)
+        for job in refused:
+            job.tell(End(Ending.ERROR, len(job.prompt_ids), 0, 0))
         return rows
 
     def _forget(self, name: str) -> None:
@@ -202,8 +211,11 @@ class Scheduler:
 
     def _give_up(self, name: str) -> None:
         """End what a lane was doing, and forget the lane; where it cannot be opened, who waits for it goes too."""
-        if self._lanes.pop(name, None) is not None:
-            return  # its rows have been told
+        lane = self._lanes.pop(name, None)
+        if lane is not None:
+            for row in lane.rows.values():
+                row.end(Ending.ERROR)  # who has been told already is not told again
+            return
         with self._changed:
             jobs, self._waiting[name] = list(self._waiting[name]), deque()
         for job in jobs:

@@ -56,7 +56,8 @@ def add_norm(
             x_TD, x_TD if y_TD is None else y_TD, *_factor(term, x_TD), weight_D, sum_TD, normed_TD, r_T,
             num_rows, term.rank if term else 0, eps,
             D=width, HAS_Y=y_TD is not None, HAS_LOW=term is not None, RP=_padded(term),
-            BT=NORM_ROWS, BD=min(NORM_COLUMNS, triton.next_power_of_2(width)), num_warps=4, num_stages=2,
+            BT=NORM_ROWS, BD=min(NORM_COLUMNS, triton.next_power_of_2(width)),
+            num_warps=8 if width > 1024 else 4, num_stages=2,
         )  # fmt: skip
     return sum_TD, normed_TD, r_T
 

@@ -14,8 +14,12 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from medcot import export, merging, model
+from medcot import merging, model
 from medcot.errors import ModelError, OutputError
+from medcot.export import adapter as adapter_files
+from medcot.export import merged as merged_weights
+from medcot.export.adapter import save_adapter
+from medcot.export.merged import estimate_merged_bytes, save_merged
 from medcot.weights import find_weights
 from tiny_models import build_base
 
@@ -61,9 +65,7 @@ def test_plain_peft_on_the_unmodified_base_gives_the_tuned_logits(
     tiny_folder: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     loaded, adapted = tuned(tiny_folder, **options)
-    saved = export.save_adapter(
-        adapted, loaded.tokenizer, tmp_path / "adapter", init=str(options.get("init", "default"))
-    )
+    saved = save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter", init=str(options.get("init", "default")))
     base = plain(tiny_folder)
     assert (logits(base) - logits(adapted)).abs().max() > 0.1  # training changed something
     torch.testing.assert_close(logits(PeftModel.from_pretrained(base, saved)), logits(adapted), atol=2e-5, rtol=0)
@@ -72,7 +74,7 @@ def test_plain_peft_on_the_unmodified_base_gives_the_tuned_logits(
 
 def test_the_adapter_folder_opens_by_itself(tiny_folder: Path, tmp_path: Path) -> None:
     loaded, adapted = tuned(tiny_folder)
-    folder = export.save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
+    folder = save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
     torch.testing.assert_close(
         logits(AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)), logits(adapted)
     )
@@ -86,7 +88,7 @@ def test_the_adapter_folder_opens_by_itself(tiny_folder: Path, tmp_path: Path) -
 def test_a_hub_base_is_named_by_id_and_commit(tiny_folder: Path, tmp_path: Path, hub: Any) -> None:
     hub.repos["me/tiny"] = {path.name: path.read_bytes() for path in tiny_folder.iterdir()}
     loaded, adapted = tuned(Path("me/tiny"))
-    folder = export.save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
+    folder = save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
     config = model.read_adapter_config(folder)
     assert (config["base_model_name_or_path"], config["revision"]) == ("me/tiny", hub.sha("me/tiny"))
     assert "base_model: me/tiny" in (folder / "README.md").read_text()
@@ -96,7 +98,7 @@ def test_saving_leaves_the_model_and_its_configuration_alone(tiny_folder: Path, 
     loaded, adapted = tuned(tiny_folder, init="pissa")
     before = logits(adapted)
     for _ in range(2):  # the second save replaces the first and is the same
-        export.save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter", init="pissa")
+        save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter", init="pissa")
     assert adapted.peft_config["default"].r == 4 and torch.equal(logits(adapted), before)
     assert model.read_adapter_config(tmp_path / "adapter")["r"] == 8
 
@@ -104,12 +106,12 @@ def test_saving_leaves_the_model_and_its_configuration_alone(tiny_folder: Path, 
 @pytest.mark.parametrize("init", ["default", "pissa"])
 def test_merged_weights_compute_what_the_tuned_model_does(tiny_folder: Path, tmp_path: Path, init: str) -> None:
     loaded, adapted = tuned(tiny_folder, init=init)
-    adapter = export.save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter", init=init)
-    merged = export.save_merged(loaded, adapter, tmp_path / "merged")
+    adapter = save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter", init=init)
+    merged = save_merged(loaded, adapter, tmp_path / "merged")
     tensors = load_file(merged.folder / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert merged.base == f"merged into {tiny_folder} in bf16"
-    assert 0 < merged.num_bytes <= export.estimate_merged_bytes(loaded.num_params)
+    assert 0 < merged.num_bytes <= estimate_merged_bytes(loaded.num_params)
     # bf16 has 8 bits of mantissa: the drift from fp32 is that of the unmerged bf16 model, not more
     drift = (logits(plain(merged.folder)) - logits(adapted)).abs().max()
     assert drift < 0.05 * logits(adapted).abs().max()
@@ -118,8 +120,8 @@ def test_merged_weights_compute_what_the_tuned_model_does(tiny_folder: Path, tmp
 
 def test_merging_after_4_bit_training_uses_the_16_bit_base_and_says_so(tiny_folder: Path, tmp_path: Path) -> None:
     loaded, adapted = tuned(tiny_folder, precision="nf4")
-    adapter = export.save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
-    merged = export.save_merged(loaded, adapter, tmp_path / "merged")
+    adapter = save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
+    merged = save_merged(loaded, adapter, tmp_path / "merged")
     assert "training saw the same weights in nf4" in merged.base
     expected = PeftModel.from_pretrained(plain(tiny_folder), adapter)
     assert (logits(plain(merged.folder)) - logits(expected)).abs().max() < 0.05 * logits(expected).abs().max()
@@ -133,8 +135,8 @@ def test_a_checkpoint_that_exists_in_4_bit_only_is_unpacked(tiny_folder: Path, t
     first.model.save_pretrained(tmp_path / "base")
     first.tokenizer.save_pretrained(tmp_path / "base")
     loaded, adapted = tuned(tmp_path / "base", precision="auto")
-    adapter = export.save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
-    merged = export.save_merged(loaded, adapter, tmp_path / "merged")
+    adapter = save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
+    merged = save_merged(loaded, adapter, tmp_path / "merged")
     assert "unpacked from nf4 to bf16" in merged.base
     assert "quantization_config" not in json.loads((merged.folder / "config.json").read_text())
     assert (logits(plain(merged.folder)) - logits(adapted)).abs().max() < 0.05 * logits(adapted).abs().max()
@@ -170,10 +172,10 @@ def test_streamed_weights_are_the_rounded_sums_and_their_folder_is_what_peft_wou
 ) -> None:
     folder = write_checkpoint(tmp_path / "base", tiny_folder, name, dtype)
     loaded, adapted = tuned(folder)
-    adapter = export.save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
+    adapter = save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
     monkeypatch.setattr(merging, "PIECE_WEIGHTS", 1000)  # several pieces a matrix, the last one shorter
     monkeypatch.setattr(merging, "SHARD_BYTES", 50_000)
-    streamed = export.save_merged(loaded, adapter, tmp_path / "streamed")
+    streamed = save_merged(loaded, adapter, tmp_path / "streamed")
     exact = PeftModel.from_pretrained(plain(folder), adapter).merge_and_unload()
     wanted = {key: value.bfloat16() for key, value in exact.state_dict().items()}
     if "tied" in name:
@@ -186,8 +188,8 @@ def test_streamed_weights_are_the_rounded_sums_and_their_folder_is_what_peft_wou
         logits(exact.bfloat16().float()),
     )
 
-    monkeypatch.setattr(export.merged, "find_updates", lambda *_: None)
-    usual = export.save_merged(loaded, adapter, tmp_path / "usual")
+    monkeypatch.setattr(merged_weights, "find_updates", lambda *_: None)
+    usual = save_merged(loaded, adapter, tmp_path / "usual")
     for key, value in all_tensors(usual.folder).items():  # PEFT rounds the product, then the sum
         torch.testing.assert_close(got[key], value, rtol=2**-7, atol=2**-8 * float(value.abs().max()))
     files = {p.name for p in usual.folder.iterdir() if p.suffix != ".safetensors"}
@@ -216,9 +218,9 @@ def test_what_streaming_does_not_cover_is_left_to_peft(
 ) -> None:
     loaded, adapted = tuned(tiny_folder, **options)
     init = str(options.get("init", "default"))
-    adapter = export.save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter", init=init)
+    adapter = save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter", init=init)
     assert (merging.find_updates(find_weights(str(tiny_folder)), adapter) is not None) == streams
-    merged = export.save_merged(loaded, adapter, tmp_path / "merged")
+    merged = save_merged(loaded, adapter, tmp_path / "merged")
     drift = (logits(plain(merged.folder)) - logits(adapted)).abs().max()
     assert drift < 0.05 * logits(adapted).abs().max()
 
@@ -226,7 +228,7 @@ def test_what_streaming_does_not_cover_is_left_to_peft(
 def test_a_head_that_is_the_embedding_too_is_left_to_peft(tiny_folder: Path, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "base", tiny_folder, "tied embeddings", torch.float32)
     loaded, adapted = tuned(folder, targets=["q_proj", "lm_head"])
-    adapter = export.save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
+    adapter = save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
     assert merging.find_updates(find_weights(str(folder)), adapter) is None
 
 
@@ -247,11 +249,11 @@ def test_integers_in_a_checkpoint_and_a_single_number_are_copied(tiny_folder: Pa
 
 def test_adapter_and_model_never_share_a_folder(tiny_folder: Path, tmp_path: Path) -> None:
     loaded, adapted = tuned(tiny_folder)
-    adapter = export.save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
+    adapter = save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
     with pytest.raises(OutputError, match="holds an adapter"):
-        export.save_merged(loaded, adapter, adapter)
+        save_merged(loaded, adapter, adapter)
     with pytest.raises(OutputError, match="holds a model"):
-        export.save_adapter(adapted, loaded.tokenizer, tiny_folder)
+        save_adapter(adapted, loaded.tokenizer, tiny_folder)
     assert not (tiny_folder / "adapter_config.json").exists()
 
 
@@ -259,9 +261,9 @@ def test_a_full_disk_is_seen_before_writing(tiny_folder: Path, tmp_path: Path, m
     loaded, adapted = tuned(tiny_folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     with pytest.raises(OutputError, match=r"0\.00 GB free"):
-        export.save_adapter(adapted, loaded.tokenizer, tmp_path / "run" / "adapter")
+        save_adapter(adapted, loaded.tokenizer, tmp_path / "run" / "adapter")
     with pytest.raises(OutputError, match="are needed"):
-        export.save_merged(loaded, tmp_path, tmp_path / "merged")
+        save_merged(loaded, tmp_path, tmp_path / "merged")
     assert not list(tmp_path.iterdir())
 
 
@@ -269,15 +271,15 @@ def test_a_failed_write_leaves_the_old_adapter(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, adapted = tuned(tiny_folder)
-    folder = export.save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
+    folder = save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
     before = (folder / "adapter_model.safetensors").read_bytes()
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export.adapter, "save_file", fail)
+    monkeypatch.setattr(adapter_files, "save_file", fail)
     with pytest.raises(OutputError, match="No space left on device"):
-        export.save_adapter(adapted, loaded.tokenizer, folder)
+        save_adapter(adapted, loaded.tokenizer, folder)
     assert (folder / "adapter_model.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
@@ -286,7 +288,7 @@ def test_an_adapter_for_another_model_is_an_error(
     tiny_folder: Path, tmp_path: Path, embedded: model.LoadedModel
 ) -> None:
     loaded, adapted = tuned(tiny_folder)
-    adapter = export.save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
+    adapter = save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
     other = model.load("embedded", precision="fp32", device="cpu")
     with pytest.raises(ModelError, match="cannot be applied to 'embedded'"):
         model.load_adapter(other, adapter)
@@ -301,7 +303,7 @@ def test_the_embedded_models_adapter_opens_in_plain_peft(tmp_path: Path) -> None
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.fill_(0.01)
-    folder = export.save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
+    folder = save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
     again = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.testing.assert_close(logits(again), logits(adapted), atol=1e-4, rtol=1e-4)
 
@@ -310,7 +312,7 @@ def test_an_adapter_with_a_nan_is_not_merged(tiny_folder: Path, tmp_path: Path) 
     loaded, adapted = tuned(tiny_folder)
     with torch.no_grad():
         next(p for n, p in adapted.named_parameters() if "lora_B" in n)[0, 0] = float("nan")
-    adapter = export.save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
+    adapter = save_adapter(adapted, loaded.tokenizer, tmp_path / "adapter")
     with pytest.raises(ModelError, match="cannot be merged"):
-        export.save_merged(loaded, adapter, tmp_path / "merged")
+        save_merged(loaded, adapter, tmp_path / "merged")
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]

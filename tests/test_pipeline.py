@@ -15,8 +15,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import medcot
-from medcot import export, folder, pipeline, tracking
+from medcot import folder, pipeline, tracking
 from medcot.errors import DataError, MissingExtraError, ModelError, RecipeError
+from medcot.export import adapter
 from medcot.records import Run
 from medcot.train import sft
 from tiny_runs import NUM_ROWS, make_rows, read_facts, read_losses, run_job, write_rows
@@ -166,7 +167,7 @@ def test_stopped_between_stages_keeps_the_answers(recipe_file, tmp_path, monkeyp
 
 def test_stopped_after_the_last_step_has_finite_facts(recipe_file, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    monkeypatch.setattr(export, "save_adapter", _stop)
+    monkeypatch.setattr(adapter, "save_adapter", _stop)
     with pytest.raises(KeyboardInterrupt):
         run_job(recipe_file, out, "train.save_steps=3")
     monkeypatch.undo()

@@ -7,20 +7,18 @@ the program. They stand apart because ``eval`` alone has more settings than all 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from medcot.errors import DataError, RecipeError, did_you_mean
-from medcot.terminal import open_console, reporting
+from medcot.errors import DataError, RecipeError
+from medcot.terminal import open_console, read_choice, reporting
 
 if TYPE_CHECKING:
     from medcot.answering import Choice
     from medcot.evaluate.endpoint import Endpoint
 
-_Choices = TypeVar("_Choices", bound=StrEnum)
 _Numbers = TypeVar("_Numbers", int, float)
 
 MODEL, ASKING, SERVER = "Who is asked", "How it is asked", "A server (--endpoint)"
@@ -191,7 +189,7 @@ def evaluate(
             _refuse_together("no --endpoint", serving)
             who = _find_model(run, model, adapter, style, revision, precision, engine, batch_size)
         settings = evaluation.Settings(
-            limits=Limits(think_tokens, answer_tokens, _read_choice(ending, Ending, "--ending")),
+            limits=Limits(think_tokens, answer_tokens, read_choice(ending, Ending, "--ending")),
             temperature=0.0 if greedy else evaluation.DEFAULT_TEMPERATURE,
             top_p=1.0 if greedy else evaluation.DEFAULT_TOP_P,
             seeds=tuple(range(seed, seed + seeds)),
@@ -231,9 +229,9 @@ def _find_model(
             "Add --run runs/latest, or --model with a Hub id or a folder",
         )
     told: dict[str, Any] = {
-        "engine": None if engine is None else _read_choice(engine, Engine, "--engine"),
-        "style": None if style is None else _read_choice(style, Style, "--style"),
-        "precision": None if precision is None else _read_choice(precision, Precision, "--precision").value,
+        "engine": None if engine is None else read_choice(engine, Engine, "--engine"),
+        "style": None if style is None else read_choice(style, Style, "--style"),
+        "precision": None if precision is None else read_choice(precision, Precision, "--precision").value,
         "batch_size": batch_size,
     }
     return replace(who, **{key: value for key, value in told.items() if value is not None})
@@ -249,19 +247,13 @@ def _find_endpoint(model: str | None, base_url: str, price: str | None, thinks: 
     if costs is not None and len(costs) != 2:
         raise RecipeError(f"--price {price}", "It is two numbers, of prompt and completion", "Write it like 1.1,4.4")
     both = None if costs is None else (costs[0], costs[1])
-    return build_endpoint(model, base_url, price=both, thinks=_read_choice(thinks, Thinks, "--thinks"), **settings)
+    return build_endpoint(model, base_url, price=both, thinks=read_choice(thinks, Thinks, "--thinks"), **settings)
 
 
 def _refuse_together(option: str, others: Mapping[str, object]) -> None:
     given = [name for name, value in others.items() if value is not None]
     if given:
         raise RecipeError(f"{option} together with {given[0]}", f"{option} says who is asked", "Leave one of them out")
-
-
-def _read_choice(text: str, kind: type[_Choices], option: str) -> _Choices:
-    if text not in list(kind):
-        raise RecipeError(f"{option} {text}", f"It is one of {', '.join(kind)}", did_you_mean(text, list(kind)))
-    return kind(text)
 
 
 def _read_number(text: str, option: str, kind: type[_Numbers]) -> _Numbers:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medcot.errors import RecipeError, did_you_mean
-from medcot.terminal import LATEST, open_console, reporting
+from medcot.terminal import LATEST, open_console, read_choice, reporting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +22,7 @@ def push(
     repo: Annotated[str, typer.Option(help="Repository: owner/name. Created if need be.")],
     folder: Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN")] = LATEST,
     what: Annotated[
-        str, typer.Option(help="As of export --to: adapter, merged-16bit, merged-4bit, gguf:q8_0,q4_k_m, ollama.")
+        str, typer.Option(help="As of export --to: adapter, merged-16bit, -32bit or -4bit, gguf:q8_0,q4_k_m, ollama.")
     ] = "adapter",
     public: Annotated[bool, typer.Option("--public", help="For everybody to see; else private.")] = False,
     verify: Annotated[
@@ -41,8 +40,7 @@ def push(
         from medcot.records import Run
         from medcot.train.progress import RunConsole
 
-        if verify not in list(Verify):
-            raise RecipeError(f"--verify {verify}", f"It is one of {', '.join(Verify)}", did_you_mean(verify, Verify))
+        way = read_choice(verify, Verify, "--verify")
         console = open_console()
         screen = RunConsole(console)
         kinds = [part.strip() for part in what.split(",") if part.strip()]
@@ -60,7 +58,7 @@ def push(
         def tell(words: str) -> None:
             typer.echo(words, err=True) if as_json else screen.warn(words)
 
-        found = publishing.push(run, repo, kinds, public=public, verify=Verify(verify), tell=tell)
+        found = publishing.push(run, repo, kinds, public=public, verify=way, tell=tell)
         if as_json:
             from dataclasses import asdict
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from medcot.errors import RecipeError, did_you_mean
-from medcot.terminal import LATEST, open_console, reporting
+from medcot.errors import RecipeError, one_of
+from medcot.terminal import LATEST, open_console, read_choice, reporting
 
 
 def serve(
@@ -65,27 +65,19 @@ def serve(
         from medcot.secrets import OTHER_ENDPOINT_KEY, find_endpoint_key
         from medcot.stages import Precision
 
-        engines = ["auto", *serving.Engine]
-        if engine not in engines:
-            raise RecipeError(f"--engine {engine}", f"It is one of {', '.join(engines)}", did_you_mean(engine, engines))
+        if engine not in (engines := ["auto", *serving.Engine]):
+            raise RecipeError(f"--engine {engine}", *one_of(engine, engines))
         own, more = _split_adapters(adapter or [])
         who = serving.choose(target, own, engine=serving.find_engine() if engine == "auto" else serving.Engine(engine))
         if own is not None and who.adapter != own:
             raise RecipeError(f"--adapter {own} with a run", "A run has its adapter", f"Name it: --adapter NAME={own}")
         if style is not None:
-            if style not in list(Style):
-                raise RecipeError(f"--style {style}", f"It is one of {', '.join(Style)}", did_you_mean(style, Style))
+            chosen = read_choice(style, Style, "--style")
             if who.source != target:
                 raise RecipeError("--style with a run", "A run is asked in the style it learned", "Leave it out")
-            who = replace(who, style=Style(style))
+            who = replace(who, style=chosen)
         if precision is not None:
-            if precision not in list(Precision):
-                raise RecipeError(
-                    f"--precision {precision}",
-                    f"It is one of {', '.join(Precision)}",
-                    did_you_mean(precision, Precision),
-                )
-            who = replace(who, precision=precision)
+            who = replace(who, precision=read_choice(precision, Precision, "--precision").value)
         key = find_endpoint_key("", api_key_env)
         if key is None and api_key_env != OTHER_ENDPOINT_KEY:
             raise RecipeError(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medcot.errors import RecipeError, did_you_mean
-from medcot.terminal import LATEST, open_console, reporting
+from medcot.errors import RecipeError
+from medcot.terminal import LATEST, open_console, read_choice, reporting
 
 if TYPE_CHECKING:
     from medcot.answering import Choice
@@ -85,9 +85,8 @@ def find_choice(run: Path | None, model: str | None, adapter: str | None, style:
     if model is None and (adapter or style):
         raise RecipeError("--adapter or --style without --model", "A run has its own", "Add --model, or leave them out")
     if model is not None:
-        if style is not None and style not in list(Style):
-            raise RecipeError(f"--style {style}", f"It is one of {', '.join(Style)}", did_you_mean(style, list(Style)))
-        return Choice(model, adapter, name=adapter or "adapter", style=Style(style or Style.CHAT))
+        chosen = read_choice(style or Style.CHAT, Style, "--style")
+        return Choice(model, adapter, name=adapter or "adapter", style=chosen)
     if run is not None:
         return choose_run(run)
     try:

@@ -78,6 +78,13 @@ def _as_sentence(part: str) -> str:
     return part if part.endswith((".", "?", "!")) else f"{part}."
 
 
+def one_of(word: str, choices: Iterable[str]) -> tuple[str, str]:
+    """Return rule and remedy for a word that should have been one of a few."""
+    known = [str(choice) for choice in choices]
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"It is one of {', '.join(known)}", f"Did you mean '{near[0]}'?" if near else "Write one of them"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``"did you mean 'x'? "`` for the nearest known word, or the list of all when none is near."""
     choices = sorted(known)

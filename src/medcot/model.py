@@ -33,7 +33,7 @@ from transformers import (
 
 from medcot.embedded import convert_embedded, fetch_embedded
 from medcot.engine import check_fp8, hold_in_fp8
-from medcot.errors import MissingExtraError, ModelError, did_you_mean
+from medcot.errors import MissingExtraError, ModelError, did_you_mean, one_of
 from medcot.precision import DTYPES, choose_device, choose_precision, quantised_precision
 from medcot.quiet import quiet_libraries
 from medcot.shapes import DISTILLS, Shape
@@ -73,6 +73,7 @@ __all__ = [
     "read_adapter_config",
 ]
 
+INITS = ("default", "pissa", "loftq")  # ways to begin an adapter
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # PiSSA takes the strongest directions out of the base weights. An adapter for the unmodified base can be written only
@@ -426,10 +427,8 @@ def _check_targets(loaded: LoadedModel, targets: Sequence[str]) -> None:
 
 
 def _check_init(loaded: LoadedModel, init: str, dora: bool) -> None:
-    if init not in ("default", "pissa", "loftq"):
-        raise ModelError(
-            f"lora.init '{init}'", "It is one of those known", did_you_mean(init, ("default", "pissa", "loftq"))
-        )
+    if init not in INITS:
+        raise ModelError(f"lora.init '{init}'", *one_of(init, INITS))
     if init == "default":
         return
     if init == "loftq" and loaded.device.type != "cuda":

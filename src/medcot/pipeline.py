@@ -87,7 +87,7 @@ def _do(job: Job) -> None:
         job.describe_machine()
     from medcot import asking, planning
     from medcot.admission import Admission
-    from medcot.export import save_adapter
+    from medcot.export.adapter import save_adapter
     from medcot.proof import probe, prove_adapter
 
     with job.stage("read data") as line:
@@ -413,7 +413,7 @@ def _compare(job: Job, tasks: Sequence[Task], before: list[dict[str, Any]], afte
 
 
 def _merge(job: Job, loaded: LoadedModel) -> str:
-    from medcot.export import save_merged
+    from medcot.export.merged import save_merged
 
     stage = job.recipe.model
     merged = save_merged(

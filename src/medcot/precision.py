@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from medcot.errors import ModelError, did_you_mean
+from medcot.errors import ModelError, one_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISIONS = ("auto", "nf4", "int8", "fp8", *DTYPES)
@@ -49,9 +49,7 @@ def choose_precision(precision: str, device: torch.device) -> tuple[str, torch.d
         ModelError: an unknown precision.
     """
     if precision not in PRECISIONS:
-        raise ModelError(
-            f"precision '{precision}'", "A precision is one of those known", did_you_mean(precision, PRECISIONS)
-        )
+        raise ModelError(f"precision '{precision}'", *one_of(precision, PRECISIONS))
     if precision in DTYPES:
         return precision, DTYPES[precision], None
     if device.type == "cuda":

@@ -50,8 +50,9 @@ class Startup:
         if torch.cuda.is_available():
             self._pool.submit(_make_context, device_index)
         with _resting_collector():
-            from medcot import asking, export, planning, proof
-        del asking, export, planning, proof
+            from medcot import asking, planning, proof
+            from medcot.export import adapter, merged
+        del adapter, asking, merged, planning, proof
 
 
 @contextmanager

@@ -10,16 +10,18 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
-from medcot.errors import MedcotError
+from medcot.errors import MedcotError, RecipeError, one_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+_Choices = TypeVar("_Choices", bound=StrEnum)
 LATEST = Path("runs/latest")
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -34,6 +36,17 @@ def open_console() -> Console:
     own.propagate = False
     own.handlers = [_ConsoleHandler(console)]
     return console
+
+
+def read_choice(text: str, kind: type[_Choices], option: str) -> _Choices:
+    """Return an option's word as one of a few.
+
+    Raises:
+        RecipeError: it is none of them.
+    """
+    if text not in list(kind):
+        raise RecipeError(f"{option} {text}", *one_of(text, kind))
+    return kind(text)
 
 
 class _ConsoleHandler(logging.Handler):

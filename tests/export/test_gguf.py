@@ -12,13 +12,17 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from medcot.errors import ModelError
-from medcot.export import gguf, gguf_tokenizer
+from medcot.export import gguf, gguf_tokenizer, kinds
 from real_tokenizers import load_r1, load_smol
 from tiny_tuned import LLAMA3
 
 
 def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return gguf_tokenizer.read_vocabulary(tokenizer, 160_000, add_bos=False).pre
+
+
+def test_the_kinds_that_are_named_are_those_that_are_written() -> None:
+    assert tuple(gguf.WRITTEN) == kinds.WRITTEN_HERE
 
 
 def test_tokenizers_get_llama_cpps_names(tiny_folder: Path) -> None:

@@ -34,7 +34,7 @@ def test_llama_cpp_computes_the_tuned_model(tuned_run: Runs, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "llama tied", "qwen2", "qwen3", "mistral"])
 def test_every_family_in_every_kind(tuned_run: Runs, name: str) -> None:
-    from medcot.export.gguf import QUANTS
+    from medcot.export.kinds import QUANTS
 
     made, _ = export(tuned_run(name), *(f"gguf:{quant}" for quant in QUANTS), num_prompts=16, num_tokens=32)
     assert len(made) == len(QUANTS)
@@ -44,7 +44,7 @@ def test_every_family_in_every_kind(tuned_run: Runs, name: str) -> None:
 def test_llama_cpp_makes_medcots_tokens_of_real_prompts(tmp_path: Path) -> None:
     """R1's Qwen tokenizer with a tiny model behind it, and questions with numbers, units and letters of other kinds."""
     from medcot import clinic
-    from medcot.export import save_adapter
+    from medcot.export.adapter import save_adapter
     from medcot.export.gguf import write_gguf
     from medcot.export.merged import Base, open_merged
     from medcot.export.turns import build_jinja, build_turns

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from medcot.compat import saving
 from medcot.compat.notes import pass_over, say_once
 from medcot.errors import OutputError
-from medcot.export import ADAPTER_FILES
+from medcot.export.adapter import ADAPTER_FILES
 from medcot.hub import Kind, Parcel, deliver, pack, pack_folder
 from medcot.hub.parcels import check_no_secrets
 from medcot.quiet import quiet_libraries

@@ -18,13 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medcot import export
 from medcot.compat.notes import ArgumentError, pass_over, say_once
 from medcot.compat.session import Session, session_of
 from medcot.errors import OutputError, did_you_mean
 from medcot.export import llama_cpp
-from medcot.export.gguf import MADE_BY_LLAMA_CPP, check_quant, estimate_gguf_bytes, write_gguf
-from medcot.export.merged import Base, merge, open_merged
+from medcot.export.adapter import ADAPTER_FILES, estimate_adapter_bytes
+from medcot.export.adapter import save_adapter as save_adapter_files
+from medcot.export.gguf import estimate_gguf_bytes, write_gguf
+from medcot.export.kinds import MADE_BY_LLAMA_CPP, check_quant
+from medcot.export.merged import Base, estimate_merged_bytes, merge, open_merged
 from medcot.export.nf4 import save_nf4
 from medcot.export.places import scratch_beside
 from medcot.export.turns import build_jinja, build_turns
@@ -77,7 +79,7 @@ def save_adapter(model: Any, folder: Path, tokenizer: Any = None, **others: Any)
     if (folder / MODEL).is_file():
         place = folder / NESTED
         say_once(f"the adapter is saved to {place}: beside merged weights it would be applied a second time")
-    with scratch_beside(folder, export.estimate_adapter_bytes(model)) as work:
+    with scratch_beside(folder, estimate_adapter_bytes(model)) as work:
         _move_in(write_adapter(model, tokenizer, work), place, last=ADAPTER)
     if is_pushed:
         model.push_to_hub(repo_id or folder.name, **push)
@@ -107,7 +109,7 @@ def save_merged(
     if method == "lora":
         save_adapter(model, folder, tokenizer)
     else:
-        num_bytes = export.estimate_merged_bytes(session_of(model, "save_pretrained_merged").loaded.num_params)
+        num_bytes = estimate_merged_bytes(session_of(model, "save_pretrained_merged").loaded.num_params)
         with scratch_beside(folder, num_bytes) as work:
             merged = write_merged(model, tokenizer, method, work)
             _step_aside(folder)
@@ -133,7 +135,7 @@ def check_method(save_method: str) -> str:
 def write_adapter(model: Any, tokenizer: Any, work: Path) -> Path:
     """Write the adapter into a new folder of ``work``, and return it."""
     session = tuned_session(model)
-    return export.save_adapter(
+    return save_adapter_files(
         model, tokenizer or session.loaded.tokenizer, work / NESTED, init=session.recipe.lora.init
     )
 
@@ -176,7 +178,7 @@ def _step_aside(folder: Path) -> None:
         return
     nested = folder / NESTED
     nested.mkdir(exist_ok=True)
-    for name in (*export.ADAPTER_FILES, CARD):
+    for name in (*ADAPTER_FILES, CARD):
         if (folder / name).is_file():
             os.replace(folder / name, nested / name)
     say_once(f"the adapter moved to {nested}: beside merged weights it would be applied a second time")

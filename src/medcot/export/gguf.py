@@ -40,15 +40,14 @@ from gguf import (
 )
 from gguf.quants import quantize
 
-from medcot.errors import ModelError, did_you_mean
+from medcot.errors import ModelError
 from medcot.export.gguf_tokenizer import add_vocabulary, read_vocabulary
+from medcot.export.kinds import MADE_BY_LLAMA_CPP
 from medcot.export.merged import MergedTensors
 from medcot.export.places import TOKENIZER_BYTES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-DEFAULT = "q8_0"  # half of 16 bit, nearly its equal, and written with no llama.cpp at hand
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ FAMILIES = {
     "qwen2": Family(MODEL_ARCH.QWEN2, permuted=False),
     "qwen3": Family(MODEL_ARCH.QWEN3, permuted=False),
 }
-# Kinds that the gguf package writes, and how a file of them is marked.
+# The kinds of ``WRITTEN_HERE``, and how a file of them is marked.
 WRITTEN = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -74,17 +73,6 @@ WRITTEN = {
     "q5_0": (GGMLQuantizationType.Q5_0, LlamaFileType.MOSTLY_Q5_0),
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
-# Kinds that llama.cpp makes of a file in F16 or F32, and bits a weight for the look at the disk.
-MADE_BY_LLAMA_CPP = {
-    "q6_k": 6.6,
-    "q5_k_m": 5.7,
-    "q5_k_s": 5.6,
-    "q4_k_m": 4.9,
-    "q4_k_s": 4.6,
-    "q3_k_m": 4.0,
-    "q2_k": 3.4,
-}
-QUANTS = (*WRITTEN, *MADE_BY_LLAMA_CPP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +85,6 @@ class _Planned:
     source: str | None  # the merged tensor; None where ``made`` holds the values
     heads: int | None  # rows are reordered within so many heads
     made: np.ndarray[Any, Any] | None = None
-
-
-def check_quant(quant: str) -> str:
-    """Return the quantisation.
-
-    Raises:
-        ModelError: an unknown one.
-    """
-    if quant not in QUANTS:
-        raise ModelError(f"gguf:{quant}", f"It is one of {', '.join(QUANTS)}", did_you_mean(quant, QUANTS))
-    return quant
 
 
 def estimate_gguf_bytes(num_params: int, quant: str) -> int:

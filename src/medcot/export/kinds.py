@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-
-from medcot.errors import ModelError, UnequalError, did_you_mean
-from medcot.export.gguf import DEFAULT, QUANTS, check_quant, estimate_gguf_bytes
-from medcot.export.merged import estimate_merged_bytes
+from medcot.errors import ModelError, UnequalError, one_of
 
 KINDS = ("adapter", "merged-16bit", "merged-32bit", "merged-4bit", "gguf", "ollama")
+# Kinds of GGUF that its own package writes, and those that llama.cpp makes of a file in F16 or F32, with bits a weight.
+WRITTEN_HERE = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0")
+MADE_BY_LLAMA_CPP = {
+    "q6_k": 6.6,
+    "q5_k_m": 5.7,
+    "q5_k_s": 5.6,
+    "q4_k_m": 4.9,
+    "q4_k_s": 4.6,
+    "q3_k_m": 4.0,
+    "q2_k": 3.4,
+}
+QUANTS = (*WRITTEN_HERE, *MADE_BY_LLAMA_CPP)
+DEFAULT = "q8_0"  # half of 16 bit, nearly its equal, and written with no llama.cpp at hand
 _WITH_QUANT = ("gguf", "ollama")
 _FOLDERS = {"adapter": "adapter", "merged-16bit": "merged"}  # where `medcot run` itself puts them
 
@@ -30,13 +39,24 @@ def parse_kinds(text: str) -> list[str]:
             head, quant = family, part
         family = head
         if head not in KINDS or (colon and head not in _WITH_QUANT):
-            raise ModelError(f"export kind '{part}'", f"Kinds are {', '.join(KINDS)}", did_you_mean(head, KINDS))
+            raise ModelError(f"export kind '{part}'", *one_of(head, KINDS))
         quant = check_quant(quant or DEFAULT) if head in _WITH_QUANT else ""
         # Ollama's folder holds one model; only one with another quantisation than the usual needs it in its name.
         kinds.append(f"{head}:{quant}" if head == "gguf" or quant not in ("", DEFAULT) else head)
     if not kinds:
         raise ModelError("no kind to export", f"Kinds are {', '.join(KINDS)}", "Add --to merged-16bit,gguf")
     return list(dict.fromkeys(kinds))
+
+
+def check_quant(quant: str) -> str:
+    """Return the quantisation.
+
+    Raises:
+        ModelError: an unknown one.
+    """
+    if quant not in QUANTS:
+        raise ModelError(f"gguf:{quant}", *one_of(quant, QUANTS))
+    return quant
 
 
 def quant_of(kind: str) -> str:
@@ -51,6 +71,11 @@ def folder_of(kind: str, place: Path) -> Path:
 
 def estimate_bytes(kind: str, num_params: int, adapter_bytes: int) -> int:
     """Return the room that making an artefact takes on the disk."""
+    import torch
+
+    from medcot.export.gguf import estimate_gguf_bytes
+    from medcot.export.merged import estimate_merged_bytes
+
     if kind == "adapter":
         return adapter_bytes
     if kind.startswith("merged"):  # for 4 bit this is generous

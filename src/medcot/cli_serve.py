@@ -100,6 +100,7 @@ def serve(
             seconds=timeout,
             drain_seconds=drain_seconds,
             api_key=key.value if key else None,
+            api_key_name=api_key_env,
         )
         serving.serve(wish, console=open_console())
 

@@ -23,6 +23,7 @@ from medcot.answering import Choice, Engine, choose_run, find_adapter
 from medcot.errors import MissingExtraError, RecipeError
 from medcot.prompt import Style
 from medcot.prompt.frames import frame_of
+from medcot.secrets import OTHER_ENDPOINT_KEY
 
 if TYPE_CHECKING:
     import socket
@@ -68,6 +69,7 @@ class Wish:
         drain_seconds: that those being answered have when the server is stopped.
         body_bytes: of a request.
         api_key: that must be shown; needed on any address but loopback.
+        api_key_name: the environment variable that has it, for the line that says how to ask.
     """
 
     who: Choice
@@ -85,6 +87,7 @@ class Wish:
     drain_seconds: float = 30.0
     body_bytes: int = 2**20
     api_key: str | None = field(default=None, repr=False)
+    api_key_name: str = OTHER_ENDPOINT_KEY
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ def serve(wish: Wish, *, console: Console | None = None) -> None:
             line.detail = service.sentence
         for note in service.notes:
             screen.warn(note)
-        _announce(screen, service.settings, listener)
+        _announce(screen, service.settings, listener, wish.api_key_name)
         Server(service.app, service.scheduler, wish.drain_seconds).run(sockets=[listener])
         screen.note("stopped" if service.scheduler.join(CUT_S) else "stopped; answers were cut")
 
@@ -332,7 +335,7 @@ def _join(
     return Service(build_app(settings, scheduler, tokenizer, metrics), scheduler, settings, sentence, notes)
 
 
-def _announce(screen: Any, settings: Settings, listener: socket.socket) -> None:
+def _announce(screen: Any, settings: Settings, listener: socket.socket, key_name: str) -> None:
     """Say where it is, who can be asked, and how."""
     from medcot.serve.server import address_of
 
@@ -342,7 +345,7 @@ def _announce(screen: Any, settings: Settings, listener: socket.socket) -> None:
     screen.note(f"{address}/v1 serves {names}" + (f"; {first} where none is named" if "," in names else ""))
     room = f"up to {settings.context_tokens:,} tokens with the answer"
     screen.note(f"prompts in style {settings.style}, {room}; thinking: {budget}")
-    key = ' -H "Authorization: Bearer $MEDCOT_API_KEY"' if settings.api_key else ""
+    key = f' -H "Authorization: Bearer ${key_name}"' if settings.api_key else ""
     question = "Why does furosemide lower potassium?"
     body = f'{{"model": "{first}", "stream": true, "messages": [{{"role": "user", "content": "{question}"}}]}}'
     screen.note(f"try: curl -N {address}/v1/chat/completions{key} -d '{body}'")

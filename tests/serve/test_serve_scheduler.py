@@ -61,6 +61,13 @@ class Slow:
         self.rows = {place: row for place, row in self.rows.items() if not row.ended}
 
 
+def make_letters(job: Job) -> Letters:
+    """A row of a job; one that wants none cannot be begun."""
+    if job.max_tokens == 0:
+        raise ValueError("a job of no tokens")
+    return Letters(job)
+
+
 def make(**settings: Any) -> SimpleNamespace:
     turns = threading.Semaphore(0)
     lane = Slow(turns, settings.pop("fails", lambda: False))
@@ -72,7 +79,7 @@ def make(**settings: Any) -> SimpleNamespace:
         return lane
 
     ended: list[Any] = []
-    made: Any = Letters
+    made: Any = make_letters
     scheduler = Scheduler({"base": open_lane}, made, **{"most_waiting": 4, "on_end": ended.append} | settings)
     return SimpleNamespace(scheduler=scheduler, lane=lane, turns=turns, opened=opened, ended=ended)
 
@@ -163,5 +170,20 @@ def test_an_error_ends_those_it_met_and_the_lane_is_opened_anew() -> None:
     assert second[2].wait(5) and second[1][-1].ending is Ending.LENGTH
     assert it.opened == ["base", "base"] and it.scheduler.is_alive
     it.scheduler.cancel_all()
+    it.scheduler.drain()
+    assert it.scheduler.join(5)
+
+
+def test_a_job_that_cannot_be_begun_is_told_so_and_costs_nobody_else_anything() -> None:
+    it = make()
+    jobs = [job(2), job(0), job(2)]
+    for one, _, _ in jobs:
+        it.scheduler.submit(one)
+    it.turns.release(100)
+    it.scheduler.start()
+    for _, _, over in jobs:
+        assert over.wait(5)
+    assert [told[-1].ending for _, told, _ in jobs] == [Ending.LENGTH, Ending.ERROR, Ending.LENGTH]
+    assert it.opened == ["base"] and it.scheduler.is_alive
     it.scheduler.drain()
     assert it.scheduler.join(5)

@@ -145,7 +145,10 @@ def _say_precision(args: TrainingArguments, session: Session) -> None:
         if not getattr(args, name):
             continue
         if on_cpu:
-            say_once(f"{name}=True is ignored: this CPU computes in {_words(session.loaded.dtype)} (weights {held})")
+            say_once(
+                f"{name}=True is ignored: it is about a GPU, and this CPU computes in {_words(session.loaded.dtype)}"
+                f" with weights in {held}, chosen when the model was loaded"
+            )
         elif session.loaded.dtype != dtype:
             say_once(f"{name}=True is ignored: the model was loaded to compute in {_words(session.loaded.dtype)}")
 

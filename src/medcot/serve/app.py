@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 # Colder draws are the likeliest token in all but name, and a float32 overflows on the way; the same of a nucleus.
 COLDEST, NARROWEST = 1e-4, 1e-6
 _SHOWN = 60  # characters of what a client sent
+_ROUTES = "POST /v1/chat/completions and /v1/completions, GET /v1/models, /health, /ready and /metrics"
 _MOST_NAMES = 32  # fields without a meaning that are told once each
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _log = logging.getLogger("medcot.serve")
@@ -122,7 +123,7 @@ def build_app(settings: Settings, writer: Writes, tokenizer: PreTrainedTokenizer
 
     async def not_there(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
-        message = f"{_shown(request.method)} {_shown(request.url.path)} is not served here"
+        message = f"{_shown(request.method)} {_shown(request.url.path)} is not served here; {_ROUTES} are"
         return reply(error_body(message), status, getattr(error, "headers", None))
 
     async def refused(_: Request, error: Exception) -> Response:

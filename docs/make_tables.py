@@ -21,7 +21,7 @@ from pathlib import Path
 from medcot import planning
 from medcot.engine.memory import GB, Keep, Memory, predict_peak_gb, small_pieces, weight_gb
 from medcot.export.equality import Limit, limit_of
-from medcot.export.gguf import QUANTS
+from medcot.export.kinds import QUANTS
 from medcot.recipe import Recipe, list_recipes, load_recipe
 from medcot.shapes import DISTILLS
 
@@ -57,7 +57,7 @@ def fit(recipe: Recipe, card_gb: int) -> Fit | None:
         return predict_peak_gb(shape, precision, tokens=tokens, rank=recipe.lora.r, memory=memory)
 
     budget_gb = free_gb(card_gb) * planning.MEMORY_SHARE
-    rows, memory = planning._choose_split(
+    rows, memory = planning.choose_split(
         recipe.train, predict, statistics.fmean(lengths), budget_gb, precision=precision, fast=True
     )
     if memory.keep is Keep.HOST:

@@ -146,8 +146,7 @@ def verify(
 def _check_beforehand(run: Run, kinds: Sequence[str], place: Path) -> None:
     """Refuse what cannot work before the tuned model is asked anything: room, programs, the wrong adapter."""
     from medcot.export import llama_cpp
-    from medcot.export.gguf import MADE_BY_LLAMA_CPP
-    from medcot.export.kinds import estimate_bytes, folder_of, quant_of
+    from medcot.export.kinds import MADE_BY_LLAMA_CPP, estimate_bytes, folder_of, quant_of
     from medcot.export.places import check_free_space
 
     _check_adapter(run)

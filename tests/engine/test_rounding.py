@@ -23,7 +23,8 @@ from twins import randn, typical
 # A row's own scale, 3 bits of fraction: one rounded operand is off by 0.026, two by 0.037.
 FP8_BOUND = 0.05
 SIZES: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": {}, "qwen3": {"head_dim": 16}}
-MEMORIES = [FASTEST, Memory(Keep.LEAN), Memory(Keep.INPUT), Memory(Keep.INPUT, tile_tokens=9), SMALLEST]
+PIECES = [Memory(Keep.INPUT, tile_tokens=9), Memory(Keep.HOST, tile_tokens=9, one_weight=True), SMALLEST]
+MEMORIES = [FASTEST, Memory(Keep.LEAN), Memory(Keep.INPUT), *PIECES]
 
 
 def hold(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:

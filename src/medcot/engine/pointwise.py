@@ -129,12 +129,14 @@ def _turn(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> None:
 def swiglu(gate_up_TN: Tensor, term: Term | None = None, out_TF: Tensor | None = None) -> Tensor:
     """``silu(gate) · up`` of the fused (T, 2F) output of the gate and up projections, (T, F).
 
-    The term, if any, is added into ``gate_up_TN`` for good; ``swiglu_grad`` must then be given none.
+    The term, if any, is added into ``gate_up_TN`` for good; ``swiglu_grad`` must then be given none. The product is
+    written to ``out_TF`` where that is given.
     """
     if term is not None:
         term.add_to(gate_up_TN)
     gate, up = gate_up_TN.chunk(2, -1)
-    return torch.mul(F.silu(gate), up, out=out_TF)
+    silu = F.silu(gate)
+    return silu.mul_(up) if out_TF is None else torch.mul(silu, up, out=out_TF)
 
 
 def swiglu_grad(
